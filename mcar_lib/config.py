@@ -1,0 +1,117 @@
+"""What one run is (RunConfig) and what a profile file says (Profile), checked before anything is read or trained."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mcar_lib import backbones
+from mcar_lib.data import DATA_SETS
+from mcar_lib.errors import ConfigError
+from mcar_lib.model import check_image_size
+from mcar_lib.recipe import Recipe
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class RunConfig(Recipe):
+    """One run: a data set, a model and how it is trained. Unknown keys, wrong types, impossible values are errors."""
+
+    dataset: str = "scenes"
+    data_options: dict[str, int | str] = Field(default_factory=dict)
+    backbone: str = "mobilenet_v2"
+    weights: str = "imagenet"
+    pooling: Literal["avg", "max", "gwp"] = "avg"
+    image_size: int = 448
+    num_regions: Annotated[int, Field(ge=1)] = 4
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    selection: Literal["top", "bottom", "random"] = "top"
+    local_stream: bool = True
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, name: str) -> str:
+        if name not in DATA_SETS:
+            raise ValueError(f"unknown data set; choose one of {', '.join(DATA_SETS)}")
+        return name
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        if not name.startswith("timm:"):
+            backbones.lookup(name)
+        return name
+
+    @field_validator("image_size")
+    @classmethod
+    def _multiple_of_stride(cls, size: int) -> int:
+        check_image_size((size,))
+        return size
+
+    def vary(self, **changes: object) -> "RunConfig":
+        """A copy with some values changed, checked like any other."""
+        return make_config({**self.model_dump(mode="json"), **changes})
+
+    @property
+    def label(self) -> str:
+        """A short readable name, unique together with the run id."""
+        parts = [
+            self.dataset,
+            self.backbone.replace(":", "-").replace("/", "-"),
+            f"{self.image_size}px",
+            self.pooling,
+        ]
+        if self.local_stream:
+            parts += [f"N{self.num_regions}"]
+            parts += [f"tau{self.threshold:g}"] if self.threshold != 0.5 else []
+            parts += [self.selection] if self.selection != "top" else []
+        else:
+            parts += ["global"]
+        return "-".join([*parts, f"s{self.seed}"])
+
+
+class Profile(BaseModel):
+    """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    title: str
+    seeds: tuple[int, ...]
+    bootstrap_resamples: Annotated[int, Field(ge=1)]
+    run: RunConfig
+
+
+def make_config(values: Mapping[str, object]) -> RunConfig:
+    """A RunConfig from plain values; raises ConfigError that lists every wrong key and why."""
+    return _validated(RunConfig, values, "run configuration")
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """A profile by name (smoke, mini, photos, paper) or from a TOML file of one's own.
+
+    Raises ConfigError for an unknown name, broken TOML, an unknown key or a value of the wrong type or range.
+    """
+    folder = Path(__file__).parent / "profiles"
+    path = Path(name_or_path) if name_or_path.endswith(".toml") else folder / f"{name_or_path}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(known.stem for known in folder.glob("*.toml")))
+        raise ConfigError(f"no profile {name_or_path!r}; choose one of {names}, or give a path that ends in .toml")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return _validated(Profile, values, str(path))
+
+
+def _validated(kind: type[Model], values: Mapping[str, object], where: str) -> Model:
+    try:
+        return kind.model_validate_json(json.dumps(values))  # JSON mode: a list may stand for a tuple
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(reasons)) from error
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error

@@ -1,0 +1,140 @@
+"""COCO 2014 as a multi-label data set: which of the 80 classes are in the image, and where."""
+
+import contextlib
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcar_lib.data.image_set import Boxes, ImageSet
+from mcar_lib.data.preparation import Problems
+from mcar_lib.errors import DataError
+
+# Images with at least one label.
+COCO_OFFICIAL_SIZES = {"train2014": 82081, "val2014": 40137}
+
+# Image number -> its annotations.
+_Grouped = dict[int, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Objects:
+    """All objects of all images, one after the other: image i owns rows first[i] to first[i + 1]."""
+
+    xyxy: Tensor
+    classes: Tensor
+    crowd: Tensor
+    first: Tensor
+
+
+def load_coco(root: Path | str, split: str) -> ImageSet:
+    """Read "train2014" or "val2014" from root/annotations/instances_<split>.json and root/<split>/.
+
+    Classes are ordered by name, images by their number. Images without labels are dropped. Crowds (iscrowd)
+    count as labels, as in the release, which takes the category of every annotation; among the boxes they are
+    flagged difficult. Boxes are rounded outward to whole pixels inside the image. Raises DataError for a
+    missing file, an annotation of an unknown category or image, or a box that is no box; images are checked
+    by `prepare`.
+    """
+    root = Path(root)
+    path = root / "annotations" / f"instances_{split}.json"
+    coco = _read_json(path)
+    problems = Problems(f"COCO2014 {split} ({path.name})")
+    categories = sorted(coco.cats.values(), key=lambda category: category["name"])
+    column = {category["id"]: number for number, category in enumerate(categories)}
+    annotations = _group_by_image(coco, column, problems)
+    problems.raise_if_any()
+    targets = torch.zeros((len(annotations), len(categories)), dtype=torch.int8)
+    for row, found in enumerate(annotations.values()):
+        targets[row, [column[annotation["category_id"]] for annotation in found]] = 1
+    objects = _pack_objects(annotations, coco.imgs, column)
+    return ImageSet(
+        name="COCO2014",
+        split=split,
+        classes=tuple(category["name"] for category in categories),
+        ids=tuple(str(number) for number in annotations),
+        paths=tuple(root / split / coco.imgs[number]["file_name"] for number in annotations),
+        targets=targets,
+        read_boxes=partial(_read_boxes, objects),
+        official_size=COCO_OFFICIAL_SIZES.get(split),
+        annotation_files=(path,),
+    )
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such annotation file. Expected annotations/{path.name} and the folder of the images "
+            "beside annotations. Name the folder that holds both with --data-root or MCAR_DATA"
+        )
+    try:
+        from pycocotools.coco import COCO
+    except ImportError as error:
+        raise DataError("COCO is read with the package pycocotools: pip install pycocotools") from error
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress with print
+            coco = COCO(str(path))
+    except (OSError, ValueError, AssertionError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a COCO instances file ({error!r}); fetch it again") from error
+    missing = [key for key in ("images", "annotations", "categories") if not coco.dataset.get(key)]
+    if missing:
+        raise DataError(f"{path}: no {', '.join(missing)} in this file, so it is not a COCO instances file")
+    return coco
+
+
+def _group_by_image(coco: Any, column: Mapping[int, int], problems: Problems) -> _Grouped:
+    grouped: _Grouped = {}
+    for annotation in coco.dataset["annotations"]:
+        place = f"annotation {annotation.get('id')}"
+        box = annotation.get("bbox") or ()
+        if annotation.get("category_id") not in column:
+            problems.add(f"{place}: unknown category id {annotation.get('category_id')}")
+        elif annotation.get("image_id") not in coco.imgs:
+            problems.add(f"{place}: unknown image id {annotation.get('image_id')}")
+        elif len(box) != 4 or min(box[2:]) < 0:
+            problems.add(f"{place}: bbox should be [x, y, width, height], found {annotation.get('bbox')}")
+        else:
+            grouped.setdefault(annotation["image_id"], []).append(annotation)
+    for number, count in Counter(image["id"] for image in coco.dataset["images"]).items():
+        if count > 1:
+            problems.add(f"image {number}: listed {count} times")
+        missing = [key for key in ("file_name", "width", "height") if key not in coco.imgs[number]]
+        if missing:
+            problems.add(f"image {number}: no {', '.join(missing)}")
+    return dict(sorted(grouped.items()))
+
+
+def _pack_objects(annotations: _Grouped, images: Mapping[int, Any], column: Mapping[int, int]) -> _Objects:
+    corners, classes, crowd, first = [], [], [], [0]
+    for number, found in annotations.items():
+        for annotation in found:
+            corners.append(_round_outward(annotation["bbox"], images[number]))
+            classes.append(column[annotation["category_id"]])
+            crowd.append(bool(annotation.get("iscrowd", 0)))
+        first.append(len(corners))
+    return _Objects(
+        torch.tensor(corners, dtype=torch.int64).reshape(-1, 4),
+        torch.tensor(classes, dtype=torch.int64),
+        torch.tensor(crowd, dtype=torch.bool),
+        torch.tensor(first, dtype=torch.int64),
+    )
+
+
+def _round_outward(bbox: list[float], image: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """The whole pixels that the box touches, at least one of them: COCO holds a few boxes without area."""
+    x, y, w, h = bbox
+    width, height = image["width"], image["height"]
+    x1, y1 = min(max(math.floor(x), 0), width - 1), min(max(math.floor(y), 0), height - 1)
+    return x1, y1, max(min(math.ceil(x + w), width), x1 + 1), max(min(math.ceil(y + h), height), y1 + 1)
+
+
+def _read_boxes(objects: _Objects, index: int) -> Boxes:
+    owned = slice(int(objects.first[index]), int(objects.first[index + 1]))
+    return Boxes(objects.xyxy[owned], objects.classes[owned], objects.crowd[owned])

@@ -1,0 +1,103 @@
+"""From a stored photo to the network input, as in the release: square resize, flip, jitter."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from mcar_lib.data.image_set import ImageSet
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def resize_square(image: Tensor, size: int) -> Tensor:
+    """Resize the whole photo to a square, without a crop: the aspect ratio is not kept (release behaviour).
+
+    image: uint8 (3, H, W) -> uint8 (3, size, size). Bilinear with antialias, as PIL does it.
+    """
+    return functional.resize(image, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+def augment(image: Tensor, generator: torch.Generator, flip: bool = True, jitter: float = 0.3) -> Tensor:
+    """Random horizontal flip (p = 0.5) and colour jitter of one training image.
+
+    image: uint8 (3, S, S) -> uint8 (3, S, S). Brightness, contrast and saturation are each scaled by a factor
+    that is uniform in [max(0, 1 - jitter), 1 + jitter], in random order, as torchvision's ColorJitter does.
+    Every random number comes from `generator`, and always as many of them, for any `flip` and `jitter`.
+    """
+    coin = torch.rand((), generator=generator).item()
+    order = torch.randperm(3, generator=generator).tolist()
+    uniform = torch.rand(3, generator=generator).tolist()
+    if flip and coin < 0.5:
+        image = functional.horizontal_flip(image)
+    if jitter == 0:
+        return image
+    adjusts = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    low, high = max(0.0, 1.0 - jitter), 1.0 + jitter
+    for which in order:
+        image = adjusts[which](image, low + (high - low) * uniform[which])
+    return image
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """A CPU generator for one image in one epoch; it depends on these three numbers and on nothing else.
+
+    So an image is augmented alike for any number of workers and after any resume.
+    """
+    digest = hashlib.sha256(f"{seed}/{epoch}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def normalise(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """(image / 255 - mean) / std, by channel; uint8 (B, 3, S, S) -> float32 (B, 3, S, S), device kept."""
+    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    return (images.to(torch.float32) / 255.0 - shift) / scale
+
+
+class ResizedImages(Dataset[Tensor]):
+    """The photos of an image set as squares: item i is uint8 (3, size, size).
+
+    Each photo is decoded and resized once and the squares are kept in memory when all of them fit into
+    `memory_limit_bytes`; otherwise each access reads its file. Both ways give the same pixels.
+    `progress` is called with (photos done, photos in all) while the memory is filled.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        size: int,
+        memory_limit_bytes: int = 1 << 30,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.image_set = image_set
+        self.size = size
+        self.kept: Tensor | None = None
+        if len(image_set) * 3 * size * size <= memory_limit_bytes:
+            self.kept = self._read_all(progress)
+
+    def __len__(self) -> int:
+        return len(self.image_set)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._read(index) if self.kept is None else self.kept[index]
+
+    def _read(self, index: int) -> Tensor:
+        return resize_square(self.image_set.image(index), self.size)
+
+    def _read_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
+        total = len(self)
+        squares = torch.empty((total, 3, self.size, self.size), dtype=torch.uint8)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for index, square in enumerate(pool.map(self._read, range(total))):
+                squares[index] = square
+                if progress is not None:
+                    progress(index + 1, total)
+        return squares

@@ -1,0 +1,192 @@
+"""Pascal VOC 2007 and 2012, and trees of that layout: labels from ImageSets/Main, boxes from the XML."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from mcar_lib.data.image_set import Boxes, ImageSet
+from mcar_lib.data.preparation import Problems
+from mcar_lib.errors import DataError
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person"),
+    *("pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+VOC_OFFICIAL_SIZES: Mapping[tuple[str, str], int] = {
+    ("2007", "train"): 2501,
+    ("2007", "val"): 2510,
+    ("2007", "trainval"): 5011,
+    ("2007", "test"): 4952,
+    ("2012", "train"): 5717,
+    ("2012", "val"): 5823,
+    ("2012", "trainval"): 11540,
+    ("2012", "test"): 10991,
+}
+# Label files say "only difficult instances" with 0.
+TARGET_OF_LABEL = {"1": 1, "+1": 1, "-1": 0, "0": -1}
+
+
+def load_voc(
+    root: Path | str,
+    year: str,
+    split: str,
+    name: str | None = None,
+    classes: Sequence[str] = VOC_CLASSES,
+    official_size: int | Literal["published"] | None = "published",
+) -> ImageSet:
+    """Read one split ("train", "val", "trainval", "test") of a VOC tree, images in the order of <split>.txt.
+
+    root holds VOCdevkit/VOC<year> or VOC<year>, or is that folder. `name` is "VOC<year>" unless given;
+    `official_size` is None for scenes or own data, where nothing was published. Raises one DataError that
+    lists everything wrong with the label files; images and XML files are checked by `prepare`.
+    """
+    folder = find_voc_folder(Path(root), year)
+    lists = folder / "ImageSets" / "Main"
+    _require_lists(lists, split, year)
+    problems = Problems(f"{name or 'VOC' + year} {split}")
+    ids = _read_ids(lists / f"{split}.txt", problems)
+    targets = _read_targets(lists, split, tuple(classes), ids, problems)
+    problems.raise_if_any()
+    annotations = tuple(folder / "Annotations" / f"{image_id}.xml" for image_id in ids)
+    has_boxes = (folder / "Annotations").is_dir()
+    return ImageSet(
+        name=name or f"VOC{year}",
+        split=split,
+        classes=tuple(classes),
+        ids=ids,
+        paths=tuple(folder / "JPEGImages" / f"{image_id}.jpg" for image_id in ids),
+        targets=targets,
+        read_boxes=partial(_read_boxes, annotations, tuple(classes)) if has_boxes else None,
+        official_size=(VOC_OFFICIAL_SIZES.get((year, split)) if official_size == "published" else official_size),
+        annotation_files=annotations if has_boxes else (),
+    )
+
+
+def find_voc_folder(root: Path, year: str) -> Path:
+    """The folder with ImageSets/Main of that year, at or below root; raises DataError when there is none."""
+    candidates = [root / "VOCdevkit" / f"VOC{year}", root / f"VOC{year}"]
+    if root.name not in {f"VOC{other}" for other, _ in VOC_OFFICIAL_SIZES if other != year}:
+        candidates.append(root)
+    for folder in candidates:
+        if (folder / "ImageSets" / "Main").is_dir():
+            return folder
+    raise DataError(
+        f"{root}: no VOC{year} here. Expected {candidates[0]} with JPEGImages, Annotations and "
+        "ImageSets/Main in it. Name the folder that holds VOCdevkit with --data-root or MCAR_DATA"
+    )
+
+
+def _require_lists(lists: Path, split: str, year: str) -> None:
+    labelled = any(lists.glob(f"*_{split}.txt"))
+    if year == "2012" and split == "test" and not labelled:
+        raise DataError(
+            f"{lists}: VOC2012 test has no public labels (the PASCAL server holds them), so it cannot be "
+            "scored here; use the split trainval, or VOC2007 test"
+        )
+    if not (lists / f"{split}.txt").is_file():
+        there = ", ".join(sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem))
+        raise DataError(f"{lists / split}.txt: no such image list; lists in this folder: {there or 'none'}")
+
+
+def _read_ids(path: Path, problems: Problems) -> tuple[str, ...]:
+    ids: dict[str, int] = {}
+    for number, fields in _read_fields(path):
+        if len(fields) != 1:
+            problems.add(f"{path}:{number}: expected one image id, found {' '.join(fields)!r}")
+        elif fields[0] in ids:
+            problems.add(f"{path}:{number}: image {fields[0]} is already listed in line {ids[fields[0]]}")
+        else:
+            ids[fields[0]] = number
+    if not ids:
+        problems.add(f"{path}: the split has no images")
+    return tuple(ids)
+
+
+def _read_targets(
+    lists: Path, split: str, classes: tuple[str, ...], ids: tuple[str, ...], problems: Problems
+) -> Tensor:
+    ending = f"_{split}.txt"
+    for path in sorted(lists.glob(f"*{ending}")):
+        if path.name.removesuffix(ending) not in classes:
+            problems.add(f"{path}: labels of a class that is not among the {len(classes)} classes")
+    position = {image_id: row for row, image_id in enumerate(ids)}
+    targets = torch.zeros((len(ids), len(classes)), dtype=torch.int8)
+    for column, name in enumerate(classes):
+        path = lists / (name + ending)
+        if not path.is_file():
+            problems.add(f"{path}: the label file of class {name} is missing")
+            continue
+        for row, target in _read_labels(path, position, problems).items():
+            targets[row, column] = target
+    return targets
+
+
+def _read_labels(path: Path, position: dict[str, int], problems: Problems) -> dict[int, int]:
+    labels: dict[int, int] = {}
+    for number, fields in _read_fields(path):
+        if len(fields) != 2 or fields[1] not in TARGET_OF_LABEL:
+            problems.add(f"{path}:{number}: expected '<image id> 1, 0 or -1', found {' '.join(fields)!r}")
+            continue
+        row = position.get(fields[0])
+        if row is None:
+            problems.add(f"{path}:{number}: image {fields[0]} is not in the split")
+        elif row in labels:
+            problems.add(f"{path}:{number}: image {fields[0]} is labelled twice")
+        else:
+            labels[row] = TARGET_OF_LABEL[fields[1]]
+    missed = [image_id for image_id, row in position.items() if row not in labels]
+    if missed:
+        count = f"{len(missed):,} of {len(position):,}"
+        problems.add(f"{path}: no label for {count} images, the first is {missed[0]}")
+    return labels
+
+
+def _read_fields(path: Path) -> list[tuple[int, list[str]]]:
+    """The fields of every line that is not blank, with its line number from 1."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read this label file ({error})") from error
+    return [(number, line.split()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], index: int) -> Boxes:
+    path = annotations[index]
+    try:
+        # Direct children only: a person's <part> (head, hand, foot) has a name and a box as well.
+        objects = ElementTree.parse(path).getroot().findall("object")
+    except (OSError, ElementTree.ParseError) as error:
+        raise DataError(f"{path}: cannot read the annotation ({error})") from error
+    corners, numbers, difficult = [], [], []
+    for item in objects:
+        name = (item.findtext("name") or "").strip()
+        if name not in classes:
+            raise DataError(f"{path}: object of the unknown class {name!r}")
+        corners.append(_read_corners(item, path))
+        numbers.append(classes.index(name))
+        difficult.append((item.findtext("difficult") or "0").strip() == "1")
+    return Boxes(
+        torch.tensor(corners, dtype=torch.int64).reshape(-1, 4),
+        torch.tensor(numbers, dtype=torch.int64),
+        torch.tensor(difficult, dtype=torch.bool),
+    )
+
+
+def _read_corners(item: ElementTree.Element, path: Path) -> tuple[int, int, int, int]:
+    """VOC counts pixels from 1 and includes the last; the few fractions in VOC2012 are rounded outward."""
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    try:
+        x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{key}", "")) for key in keys)
+        corners = (max(math.floor(x1) - 1, 0), max(math.floor(y1) - 1, 0), math.ceil(x2), math.ceil(y2))
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{path}: an object has no complete bndbox ({error})") from error
+    if corners[0] >= corners[2] or corners[1] >= corners[3]:
+        raise DataError(f"{path}: an object has an empty box: {x1:g} to {x2:g} by {y1:g} to {y2:g}")
+    return corners

@@ -1,0 +1,540 @@
+"""From a RunConfig to a run record, once: records are found again by content, and runs that were killed go on.
+
+A run's key is its configuration together with fingerprints of the arithmetic, the data and the starting weights. A
+record whose fingerprints are not today's is never taken for the run that is asked for.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcar_lib import backbones, metrics, model, recipe, regions
+from mcar_lib.backbones import Backbone, build_backbone, weights_fingerprint
+from mcar_lib.checkpoints import load_named
+from mcar_lib.config import Profile, RunConfig, load_profile
+from mcar_lib.data import ImageSet, load_image_set, prepare, transforms
+from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
+from mcar_lib.metrics import multilabel_metrics, paired_bootstrap
+from mcar_lib.model import MCAR
+from mcar_lib.progress import Progress, say
+from mcar_lib.recipe import INITIALISATION, MeanStd, StreamScores, sample_generator
+from mcar_lib.training import Fit, fit, write_atomically
+
+RECORD_FORMAT = 1
+# Thresholds and label counts under which every run is scored: the release's 0.6, the usual 0.5, and the top 3 with
+# and without a threshold.
+OPERATING_POINTS: dict[str, tuple[float, int | None]] = {
+    "0.5": (0.5, None),
+    "0.6": (0.6, None),
+    "0.5 top-3": (0.5, 3),
+    "0.6 top-3": (0.6, 3),
+    "top-3": (-math.inf, 3),
+}
+ARITHMETIC = (regions, model, backbones, metrics, transforms, recipe)
+STREAMS = ("global", "local", "fused")
+
+
+@functools.cache
+def arithmetic_fingerprint() -> str:
+    """A hash of what the modules of the method compute: their syntax trees without docstrings and error messages."""
+    digest = hashlib.sha256()
+    for module in ARITHMETIC:
+        digest.update(_source_digest(module))
+    return digest.hexdigest()[:16]
+
+
+def _source_digest(module: types.ModuleType) -> bytes:
+    assert module.__file__ is not None
+    return _tree_text(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))).encode()
+
+
+def _tree_text(node: object) -> str:
+    """A syntax tree as text that does not depend on the Python version, less raise statements and bare strings."""
+    if isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return ""
+    if isinstance(node, ast.AST):
+        fields = ((name, _tree_text(value)) for name, value in ast.iter_fields(node))
+        return f"{type(node).__name__}({','.join(f'{name}={text}' for name, text in fields if text)})"
+    if isinstance(node, list):
+        return "".join(_tree_text(item) for item in node)
+    return "" if node is None else repr(node)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run record as it was read: the path of its JSON file and the content."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return str(self.content["run_id"])
+
+    @property
+    def config(self) -> RunConfig:
+        return RunConfig.model_validate_json(json.dumps(self.content["config"]))
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.content["data"]["classes"])
+
+    def stream(self, name: str = "fused", epoch: str = "last") -> Mapping[str, Any]:
+        """The metrics of one stream (global, local, fused) at the last or the best epoch."""
+        stream: Mapping[str, Any] = self.content["metrics"][epoch][name]
+        return stream
+
+    def map(self, name: str = "fused", epoch: str = "last") -> float:
+        return float(self.stream(name, epoch)["mAP"])
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All run records under a profile's results, in name order. Raises ResultsError on a file that is no record."""
+    records = []
+    for path in sorted((folder / "runs").glob("*.json")):
+        records.append(Record(path, read_json(path)))
+        if records[-1].content.get("format") != RECORD_FORMAT:
+            raise ResultsError(f"{path}: not a run record of format {RECORD_FORMAT}; move it away")
+    return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises ResultsError if it cannot be read or is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ResultsError(f"{path} holds no JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all; numbers keep all their digits. Raises ResultsError if it cannot."""
+    text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be written ({error.strerror}); choose another --results folder") from error
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images of one configuration, checked, with the fingerprints of what was read."""
+
+    train: ImageSet
+    test: ImageSet
+    train_fingerprint: str
+    test_fingerprint: str
+
+
+class Workspace:
+    """Where one profile's runs are read from and written to.
+
+    results: the folder results/ with the committed records (read only), or results/local, where own runs go.
+    A run that the committed records lack is trained into results/local; the two origins never share a folder.
+    """
+
+    def __init__(
+        self,
+        profile: str | Profile = "mini",
+        results: Path | str | None = None,
+        data_root: Path | str | None = None,
+        artifacts: Path | str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        root = project_root()
+        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        self.committed = root / "results"
+        self.results = self.committed if not results else (root / results).resolve()
+        self.local = self.committed / "local" if self.results == self.committed else self.results
+        self.artifacts = Path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
+        data_root = data_root or os.environ.get("MCAR_DATA")
+        self.data_root = Path(data_root).expanduser().resolve() if data_root else None
+        self.verbose = verbose
+        self._data: dict[str, Data] = {}
+        self._resized: dict[str, ResizedImages] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The profile's tree among the results that are read first."""
+        return self.results / self.profile.name
+
+    @property
+    def local_folder(self) -> Path:
+        """The profile's tree that new runs are written to."""
+        return self.local / self.profile.name
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def data(self, config: RunConfig) -> Data:
+        """Both splits of a configuration's data set, every file checked. Scenes are written first if need be."""
+        key = json.dumps([config.dataset, config.data_options], sort_keys=True)
+        if key not in self._data:
+            root = self._root_of(config)
+            train = load_image_set(config.dataset, "train", root, **config.data_options)
+            test = load_image_set(config.dataset, "test", root, **config.data_options)
+            self._data[key] = Data(train, test, self._prepare(train), self._prepare(test))
+        return self._data[key]
+
+    def _root_of(self, config: RunConfig) -> Path:
+        if config.dataset == "scenes":
+            return self.artifacts / "data"
+        if self.data_root is None:
+            raise DataError(f"{config.dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
+        return self.data_root
+
+    def _prepare(self, images: ImageSet) -> str:
+        with Progress(f"checking {images.title}", len(images), enabled=self.verbose) as progress:
+            return prepare(images, self.artifacts / "data" / "checked", progress.update)
+
+    def resized(self, images: ImageSet, size: int) -> ResizedImages:
+        """The images of a split as squares, read once a session."""
+        key = f"{images.title}/{images.paths[0]}/{size}"
+        if key not in self._resized:
+            with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:
+                self._resized[key] = ResizedImages(images, size, progress=progress.update)
+        return self._resized[key]
+
+    # Runs ------------------------------------------------------------------------------------------------------------
+
+    def keys(self, config: RunConfig) -> dict[str, str]:
+        """Today's fingerprints of everything that a run of this configuration depends on."""
+        data = self.data(config)
+        return {
+            "arithmetic": arithmetic_fingerprint(),
+            "train_data": data.train_fingerprint,
+            "test_data": data.test_fingerprint,
+            "weights": weights_fingerprint(config.backbone, config.weights),
+        }
+
+    def known_keys(self, config: RunConfig) -> dict[str, str]:
+        """Those fingerprints that can be taken here: without the data or the weights at hand, the others alone."""
+        try:
+            return self.keys(config)
+        except DataError:
+            keys = {"arithmetic": arithmetic_fingerprint()}
+        with contextlib.suppress(WeightsError):
+            keys["weights"] = weights_fingerprint(config.backbone, config.weights)
+        return keys
+
+    def find(self, config: RunConfig) -> Record | None:
+        """The current record of a configuration: among the results read first, else among the local ones."""
+        keys = self.known_keys(config)
+        for folder in dict.fromkeys((self.folder, self.local_folder)):
+            for record in read_records(folder):
+                if record.config == config and is_current(record, keys):
+                    return record
+        return None
+
+    def run(self, config: RunConfig) -> Record:
+        """The record of a run, trained first if there is none that is current.
+
+        Raises the errors of data, weights and training. Nothing that was there before is lost when it fails.
+        """
+        return self.find(config) or self._train(config)
+
+    def _train(self, config: RunConfig) -> Record:
+        _check_writable(self.local_folder / "runs")
+        keys = self.keys(config)
+        run_id = run_id_of(config, keys)
+        folder = self.artifacts / "runs" / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            found = self.find(config)  # another process may have finished it while this one waited
+            if found is not None:
+                return found
+            if self.verbose:
+                say(f"training {config.label} ({run_id})")
+            started = time.monotonic()
+            trained, state = self._fit(config, folder)
+            data = self.data(config)
+            content = {
+                "format": RECORD_FORMAT,
+                "run_id": run_id,
+                "label": config.label,
+                "profile": self.profile.name,
+                "config": config.model_dump(mode="json"),
+                "keys": keys,
+                "data": _describe_data(data),
+                "metrics": {
+                    "last": _epoch_metrics(config.epochs, state.last, data.test),
+                    "best": _epoch_metrics(state.best_epoch, state.best, data.test),
+                },
+                "history": [asdict(result) for result in state.history],
+                "cost": _cost(trained, config, state, time.monotonic() - started),
+                "environment": describe_environment(),
+            }
+            path = self.local_folder / "runs" / f"{config.label}-{run_id}.json"
+            write_json(path, content)
+            return Record(path, content)
+
+    def _fit(self, config: RunConfig, folder: Path) -> tuple[MCAR, Fit]:
+        data = self.data(config)
+        if config.num_regions > len(data.train.classes):
+            raise ConfigError(
+                f"num_regions is {config.num_regions}; {data.train.title} has {len(data.train.classes)} classes"
+            )
+        mcar, mean_std = build_model(config, len(data.train.classes))
+        train, test = self.resized(data.train, config.image_size), self.resized(data.test, config.image_size)
+        state = fit(mcar, train, test, config, mean_std, folder, verbose=self.verbose)
+        assert state.last is not None
+        assert state.best is not None
+        _save_outcome(folder, mcar, state)
+        return mcar, state
+
+    def trained_model(self, config: RunConfig) -> tuple[MCAR, MeanStd]:
+        """The model of a run with its last weights, in evaluation mode, and its normalisation. Weights are not
+        committed: where they are not on this machine, the run is trained here."""
+        folder = self._outcome(config)
+        mcar, mean_std = build_model(config.vary(weights="none"), len(self.data(config).train.classes))
+        load_named(mcar, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
+        return mcar.eval(), mean_std
+
+    def scores(self, config: RunConfig, epoch: str = "last") -> StreamScores:
+        """Test scores of a run at its last or best epoch; trained here where they are not on this machine."""
+        with np.load(self._outcome(config) / "scores.npz") as stored:
+            return StreamScores(*(torch.from_numpy(stored[f"{epoch}_{name}"]) for name in STREAMS[:2]))
+
+    def _outcome(self, config: RunConfig) -> Path:
+        folder = self.artifacts / "runs" / run_id_of(config, self.keys(config))
+        if not (folder / "scores.npz").exists():
+            if self.verbose:
+                say(f"the weights of {config.label} are not on this machine; training it")
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock"):
+                self._fit(config, folder)
+        return folder
+
+    # Comparisons -----------------------------------------------------------------------------------------------------
+
+    def compare(self, a: Sequence[RunConfig], b: Sequence[RunConfig], epoch: str = "last") -> Mapping[str, Any]:
+        """mAP(a) - mAP(b) of fused scores, each the mean over its runs (seeds), with a paired bootstrap over the test
+        images. Kept as a record, found again by the runs' ids."""
+        records = [self.run(config) for config in (*a, *b)]
+        ids = [record.run_id for record in records]
+        resamples = self.profile.bootstrap_resamples
+        key = {"a": ids[: len(a)], "b": ids[len(a) :], "epoch": epoch, "num_resamples": resamples}
+        name = f"{content_id(key)}.json"
+        for folder in dict.fromkeys((self.folder, self.local_folder)):
+            if (folder / "comparisons" / name).exists():
+                return read_json(folder / "comparisons" / name)
+        targets = self.data(a[0]).test.targets
+        fused = [torch.stack([self.scores(config, epoch).fused for config in group]) for group in (a, b)]
+        result = paired_bootstrap(fused[0], fused[1], targets, resamples)
+        content = {
+            "format": RECORD_FORMAT,
+            **key,
+            "a_labels": [config.label for config in a],
+            "b_labels": [config.label for config in b],
+            "confidence": 0.95,
+            **asdict(result),
+        }
+        write_json(self.local_folder / "comparisons" / name, content)
+        return content
+
+
+def is_current(record: Record, keys: Mapping[str, str]) -> bool:
+    """Whether a record was made by today's arithmetic, data and weights, as far as these keys tell."""
+    return all(record.content["keys"].get(name) == value for name, value in keys.items())
+
+
+def run_id_of(config: RunConfig, keys: Mapping[str, str]) -> str:
+    """The name of a run: a hash of what differs from the defaults (so that a new option renames no run) and its keys."""
+    return content_id({"config": config.model_dump(mode="json", exclude_defaults=True), **keys})
+
+
+def content_id(content: Mapping[str, Any]) -> str:
+    """Twelve hex characters of a JSON object's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def project_root() -> Path:
+    """The checkout that holds notebooks/ and results/: above the working folder, else above this file, else here."""
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
+        if (folder / "notebooks").is_dir() and (folder / "results").is_dir():
+            return folder
+    return Path.cwd()
+
+
+def build_model(config: RunConfig, num_classes: int) -> tuple[MCAR, MeanStd]:
+    """The model of a configuration, its new classifier drawn from the seed, and the backbone's mean and std."""
+    built: Backbone = build_backbone(config.backbone, config.weights)
+    torch.manual_seed(sample_generator(config.seed, 0, INITIALISATION).initial_seed())
+    generator = torch.Generator() if config.selection == "random" else None
+    mcar = MCAR(
+        built.features,
+        built.num_features,
+        num_classes,
+        config.pooling,
+        config.num_regions,
+        config.threshold,
+        config.selection,
+        config.local_stream,
+        generator,
+    )
+    return mcar, (built.mean, built.std)
+
+
+def _check_writable(folder: Path) -> None:
+    """Fails before an hour of training, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResultsError(f"{folder} cannot be written ({error.strerror}); choose another --results folder") from error
+
+
+def _save_outcome(folder: Path, mcar: MCAR, state: Fit) -> None:
+    """Weights and scores of a finished run; its checkpoints go once these are safe."""
+    assert state.last is not None
+    assert state.best is not None
+    arrays = {
+        f"{epoch}_{name}": stream.numpy()
+        for epoch, scores in (("last", state.last), ("best", state.best))
+        for name, stream in zip(STREAMS[:2], scores, strict=True)
+    }
+    weights = {key: value.detach().cpu().contiguous() for key, value in mcar.state_dict().items()}
+    write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+    write_atomically(folder / "scores.npz", lambda path: _save_arrays(path, arrays))
+    for checkpoint in folder.glob("checkpoint*.pt"):
+        checkpoint.unlink()
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as stream:  # a path would get .npz appended
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def _describe_data(data: Data) -> dict[str, Any]:
+    return {
+        "train": data.train.title,
+        "test": data.test.title,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "subset": data.train.is_subset or data.test.is_subset,
+        "classes": list(data.test.classes),
+    }
+
+
+def _epoch_metrics(epoch: int, scores: StreamScores | None, test: ImageSet) -> dict[str, Any]:
+    assert scores is not None
+    streams = zip(STREAMS, (scores.global_scores, scores.local_scores, scores.fused), strict=True)
+    return {"epoch": epoch, **{name: _stream_metrics(stream, test.targets) for name, stream in streams}}
+
+
+def _stream_metrics(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    points = {name: multilabel_metrics(scores, targets, *point) for name, point in OPERATING_POINTS.items()}
+    first = next(iter(points.values()))
+    return {
+        "mAP": first["mAP"],
+        "classes_without_positives": first["classes_without_positives"],
+        "AP": metrics.average_precision(scores, targets).tolist(),
+        "at": {
+            name: {key: point[key] for key in ("CP", "CR", "CF1", "OP", "OR", "OF1")} for name, point in points.items()
+        },
+    }
+
+
+def count_macs(mcar: MCAR, image_size: int) -> int:
+    """Multiply-accumulate operations for one image, both streams, by torch's own counter."""
+    mcar.eval()
+    device = next(mcar.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mcar(torch.zeros(1, 3, image_size, image_size, device=device))
+    return counter.get_total_flops() // 2
+
+
+def _cost(mcar: MCAR, config: RunConfig, state: Fit, seconds: float) -> dict[str, Any]:
+    train_seconds = sum(result.train_seconds for result in state.history)
+    test_seconds = sum(result.test_seconds for result in state.history)
+    return {
+        "parameters": sum(parameter.numel() for parameter in mcar.parameters()),
+        "parameters_over_backbone": sum(parameter.numel() for parameter in mcar.convclass.parameters()),
+        "macs_per_image": count_macs(mcar, config.image_size),
+        "train_seconds": train_seconds,
+        "test_seconds": test_seconds,
+        "seconds_this_session": seconds,
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine, the versions and the commit of a run, for its record."""
+    packages = ("torch", "torchvision", "accelerate", "numpy", "pillow", "mcar-lib")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "device": device,
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout, with -dirty behind it when files differ from it."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,170 @@
+"""MCAR: a global stream, the parameter-free region module, and a local stream that shares every weight with it.
+
+Symbols of the paper: x images (B, 3, H, W); A = f(x) features (B, C, h, w) of stride 32; one 1x1 convolution (W, b)
+with K outputs; g, l global and local logits (B, K); N regions an image; tau the localisation threshold.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcar_lib.backbones import STRIDE, Backbone, build_backbone
+from mcar_lib.checkpoints import load_release_checkpoint as load_release_checkpoint
+from mcar_lib.errors import ConfigError
+from mcar_lib.regions import Regions, Selection, attentional_regions, check_threshold, crop_regions
+
+Pooling = Literal["avg", "max", "gwp"]
+POOLINGS = ("avg", "max", "gwp")
+
+
+class Output(NamedTuple):
+    """Logits of both streams (B, K) and the regions between them; the last two are None with the local stream off."""
+
+    global_logits: Tensor
+    local_logits: Tensor | None
+    regions: Regions | None
+
+    @property
+    def scores(self) -> Tensor:
+        """The prediction (B, K) in [0, 1]: the element-wise maximum of both streams' sigmoids."""
+        scores = torch.sigmoid(self.global_logits)
+        return scores if self.local_logits is None else torch.maximum(scores, torch.sigmoid(self.local_logits))
+
+
+class MCAR(nn.Module):
+    """The two-stream model. Over its backbone it has only the 1x1 convolution's C * K + K parameters.
+
+    features: (B, 3, H, W) -> (B, num_features, H/32, W/32). local_stream=False is the global-only baseline: the same
+    code with the second stream off. generator: for selection "random" only.
+    Raises ConfigError on a bad pooling, N, tau or selection.
+    Source: the paper's method; logits in place of sigmoids (max and sigmoid commute), which is safe in bf16.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        num_features: int,
+        num_classes: int,
+        pooling: Pooling = "avg",
+        num_regions: int = 4,
+        threshold: float = 0.5,
+        selection: Selection = "top",
+        local_stream: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ConfigError(f"pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if selection not in ("top", "bottom", "random"):
+            raise ConfigError(f"selection is {selection!r}; choose one of top, bottom, random")
+        if not 1 <= num_regions <= num_classes:
+            raise ConfigError(f"num_regions is {num_regions}; it must lie in 1 .. {num_classes}, the number of classes")
+        check_threshold(threshold)
+        self.features = features
+        self.convclass = nn.Conv2d(num_features, num_classes, kernel_size=1)
+        self.pooling: Pooling = pooling
+        self.num_regions = num_regions
+        self.threshold = threshold
+        self.selection: Selection = selection
+        self.local_stream = local_stream
+        self.generator = generator
+
+    def forward(self, images: Tensor) -> Output:
+        """images: (B, 3, H, W) normalised float, H and W multiples of 32. Returns Output."""
+        check_image_size(images.shape[-2:])
+        feature_map = self.features(images)  # A: (B, C, h, w)
+        global_logits = self.classify(self.pool(feature_map))  # g: (B, K)
+        if not self.local_stream:
+            return Output(global_logits, None, None)
+        regions = self.find_regions(feature_map, global_logits, images.shape[-2:])
+        crops = crop_regions(images, regions.boxes)  # (B*N, 3, H, W)
+        crops = crops.contiguous(memory_format=_memory_format(images))
+        region_logits = self.classify(self.pool(self.features(crops)))  # (B*N, K)
+        local_logits = region_logits.view(len(images), self.num_regions, -1).amax(dim=1)  # l: (B, K)
+        return Output(global_logits, local_logits, regions)
+
+    def pool(self, feature_map: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 1, 1): average, maximum, or their mean (gwp)."""
+        if self.pooling == "avg":
+            return feature_map.mean(dim=(2, 3), keepdim=True)
+        if self.pooling == "max":
+            return feature_map.amax(dim=(2, 3), keepdim=True)
+        return (feature_map.mean(dim=(2, 3), keepdim=True) + feature_map.amax(dim=(2, 3), keepdim=True)) / 2
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """(B, C, 1, 1) -> logits (B, K)."""
+        return self.class_logits(pooled).flatten(1)
+
+    def class_logits(self, feature_map: Tensor) -> Tensor:
+        """The shared 1x1 convolution, (B, C, h, w) -> (B, K, h, w), always in float32: under bf16 the attention maps
+        would be too coarse to localise in."""
+        with torch.autocast(feature_map.device.type, enabled=False):
+            return F.conv2d(feature_map.float(), self.convclass.weight, self.convclass.bias)
+
+    @torch.no_grad()
+    def find_regions(self, feature_map: Tensor, global_logits: Tensor, image_size: Sequence[int]) -> Regions:
+        """The region module on features (B, C, h, w) and global logits (B, K); carries no gradient."""
+        return attentional_regions(
+            self.class_logits(feature_map),
+            torch.sigmoid(global_logits),
+            (int(image_size[0]), int(image_size[1])),
+            self.num_regions,
+            self.threshold,
+            self.selection,
+            self.generator,
+        )
+
+
+def mcar_loss(output: Output, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Global and local loss: BCE with logits, each the mean over batch and classes. Their sum is the paper's loss.
+
+    targets: (B, K) float in {0, 1}. The second is None with the local stream off.
+    """
+    global_loss = F.binary_cross_entropy_with_logits(output.global_logits, targets)
+    if output.local_logits is None:
+        return global_loss, None
+    return global_loss, F.binary_cross_entropy_with_logits(output.local_logits, targets)
+
+
+def build_mcar(
+    backbone: str,
+    num_classes: int,
+    weights: str = "imagenet",
+    pooling: Pooling = "avg",
+    num_regions: int = 4,
+    threshold: float = 0.5,
+    selection: Selection = "top",
+    local_stream: bool = True,
+    generator: torch.Generator | None = None,
+) -> MCAR:
+    """An MCAR model over a named backbone; see mcar_lib.backbones for names and weights, MCAR for the rest.
+
+    The classifier starts from torch's default initialisation, so seed torch first for a repeatable one.
+    """
+    built: Backbone = build_backbone(backbone, weights)
+    return MCAR(
+        built.features,
+        built.num_features,
+        num_classes,
+        pooling,
+        num_regions,
+        threshold,
+        selection,
+        local_stream,
+        generator,
+    )
+
+
+def check_image_size(image_size: Sequence[int]) -> None:
+    """Raises ConfigError unless every side is a positive multiple of 32."""
+    if any(side < STRIDE or side % STRIDE for side in image_size):
+        sides = " x ".join(str(int(side)) for side in image_size)
+        raise ConfigError(f"image size {sides}: each side must be a positive multiple of {STRIDE}, the stride")
+
+
+def _memory_format(images: Tensor) -> torch.memory_format:
+    channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,165 @@
+"""The arithmetic of training: optimiser, schedule, the order of images, one step, and the scores of a data set.
+
+Every random number is derived from (seed, epoch, image), never from how a run was started, stopped or resumed.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch.utils.data import Dataset, Sampler
+
+from mcar_lib.data.transforms import ResizedImages, augment, normalise, sample_generator
+from mcar_lib.errors import TrainingError
+from mcar_lib.model import MCAR, mcar_loss
+
+Positive = Annotated[float, Field(gt=0)]
+MeanStd = tuple[Sequence[float], Sequence[float]]
+
+# Streams of random numbers that do not belong to one image take indices that no image has.
+ORDER, EPOCH, EVALUATION, INITIALISATION = -1, -2, -3, -4
+
+
+class Recipe(BaseModel):
+    """How a model is trained; the defaults are the release's. Unknown keys and wrong types are errors.
+
+    learning_rate is the 1x1 convolution's (the peak of a one-cycle schedule), backbone_factor times it the backbone's.
+    milestones (epochs) and gamma belong to schedule "step", warmup (fraction of all steps) to "onecycle".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    epochs: Annotated[int, Field(ge=1)] = 60
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    learning_rate: Positive = 0.01
+    backbone_factor: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["step", "onecycle"] = "step"
+    milestones: tuple[int, ...] = (30, 50)
+    gamma: Positive = 0.1
+    warmup: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    flip: bool = True
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _milestones_ascend(self) -> "Recipe":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must ascend, not {self.milestones}")
+        return self
+
+
+def parameter_groups(model: MCAR, recipe: Recipe) -> list[dict[str, object]]:
+    """Two groups: the classifier at the learning rate, the backbone at backbone_factor (a tenth) of it."""
+    return [
+        {"params": list(model.convclass.parameters()), "lr": recipe.learning_rate},
+        {"params": list(model.features.parameters()), "lr": recipe.learning_rate * recipe.backbone_factor},
+    ]
+
+
+def build_optimizer(model: MCAR, recipe: Recipe) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        parameter_groups(model, recipe),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+    """A schedule that is stepped after every batch."""
+    if recipe.schedule == "step":
+        return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in recipe.milestones], recipe.gamma)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    total = recipe.epochs * steps_per_epoch
+    return OneCycleLR(optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=False)
+
+
+class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented training images: item i is (uint8 (3, S, S), float target (K,)). Difficult counts as positive."""
+
+    def __init__(self, images: ResizedImages, recipe: Recipe) -> None:
+        self.images = images
+        self.targets = (images.image_set.targets != 0).float()
+        self.recipe = recipe
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = sample_generator(self.recipe.seed, self.epoch, index)
+        image = augment(self.images[index], generator, self.recipe.flip, self.recipe.jitter)
+        return image, self.targets[index]
+
+
+class EpochOrder(Sampler[int]):
+    """All images once, in an order that depends on seed and epoch only."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.size, generator=sample_generator(self.seed, self.epoch, ORDER))
+        return iter(order.tolist())
+
+
+def seed_everything(model: MCAR, seed: int, epoch: int, stream: int) -> None:
+    """Seeds what draws from a global stream (dropout, random region selection) at the start of an epoch or test."""
+    number = sample_generator(seed, epoch, stream).initial_seed()
+    torch.manual_seed(number)
+    if model.generator is not None:
+        model.generator.manual_seed(number)
+
+
+def network_input(images: Tensor, device: torch.device, mean_std: MeanStd) -> Tensor:
+    """uint8 (B, 3, S, S) on any device -> normalised float32 in channels_last on the model's device."""
+    return normalise(images.to(device), *mean_std).contiguous(memory_format=torch.channels_last)
+
+
+class StepLoss(NamedTuple):
+    global_loss: float
+    local_loss: float
+
+
+def training_step(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, StepLoss]:
+    """Forward pass and loss of one batch; returns the loss to differentiate and its two parts as numbers.
+
+    Raises TrainingError when the loss is NaN or infinite.
+    """
+    global_loss, local_loss = mcar_loss(model(images), targets)
+    loss = global_loss if local_loss is None else global_loss + local_loss
+    parts = StepLoss(global_loss.item(), 0.0 if local_loss is None else local_loss.item())
+    if not torch.isfinite(loss):
+        raise TrainingError(f"the loss is {loss.item()}; lower learning_rate, or look for broken images or weights")
+    return loss, parts
+
+
+class StreamScores(NamedTuple):
+    """Scores in [0, 1], float32 (n, K), of each stream; local is the global one with the local stream off."""
+
+    global_scores: Tensor
+    local_scores: Tensor
+
+    @property
+    def fused(self) -> Tensor:
+        """The paper's prediction: the element-wise maximum of both streams."""
+        return torch.maximum(self.global_scores, self.local_scores)
+
+
+@torch.no_grad()
+def batch_scores(model: nn.Module, images: Tensor) -> StreamScores:
+    """Scores of one normalised batch (B, 3, S, S), on the CPU."""
+    output = model(images)
+    global_scores = torch.sigmoid(output.global_logits.float()).cpu()
+    if output.local_logits is None:
+        return StreamScores(global_scores, global_scores)
+    return StreamScores(global_scores, torch.sigmoid(output.local_logits.float()).cpu())

@@ -1,0 +1,189 @@
+"""The multi-class attentional region module: class maps in, a few boxes and crops out. It has no parameters.
+
+Notation of the paper: B images of H x W pixels, K classes, N regions an image, tau the localisation threshold.
+Everything is one tensor expression over batch and regions; nothing reads a value back from the device.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcar_lib.errors import ConfigError
+
+Selection = Literal["top", "bottom", "random"]
+
+# An interval covers at least an eighth of its side, and the middle three quarters when nothing can be localised.
+MARGIN = 0.125
+
+
+class Regions(NamedTuple):
+    """What the module found: boxes (B, N, 4) int64 as x1 y1 x2 y2, half-open, in pixels of the network input;
+    classes (B, N) int64, the class whose map gave each box; scores (B, N), that class's global score."""
+
+    boxes: Tensor
+    classes: Tensor
+    scores: Tensor
+
+
+def locate_intervals(marginals: Tensor, threshold: float | Tensor) -> Tensor:
+    """The interval of each marginal that the released code would choose.
+
+    marginals: (R, L) float, each scaled to [0, 1]; threshold: tau, a number or one for each row (R,).
+    Returns (R, 2) int64, [start, end) with 0 <= start < end <= L. A NaN counts as below everything.
+    Raises ConfigError unless marginals is 2-D with L >= 2.
+    Source: the release's interval rule, including its half-open ends: a run above tau that begins at z + 1 gives a
+    segment that begins at z. Its length test aims at ceil(L / 8), yet leaves some intervals shorter; so does this.
+    """
+    if marginals.dim() != 2 or marginals.shape[1] < 2:
+        raise ConfigError(f"marginals must have shape (R, L) with L >= 2, not {tuple(marginals.shape)}")
+    rows, length = marginals.shape
+    tau = torch.as_tensor(threshold, dtype=marginals.dtype, device=marginals.device)
+    above = torch.sign(marginals - tau.reshape(-1, 1))  # (R, L) in {-1, 0, +1}
+
+    # A breakpoint z is a step across tau from z to z + 1; a segment runs from one breakpoint to the next.
+    is_break = F.pad((above[:, 1:] - above[:, :-1]).abs() == 2, (0, 1))  # (R, L)
+    position = torch.arange(length, device=marginals.device).expand(rows, length)
+    segment_start = torch.where(is_break, position, 0).cummax(dim=1).values
+    next_break = torch.where(is_break, position, length).flip(1).cummin(dim=1).values.flip(1)
+    segment_end = F.pad(next_break[:, 1:], (0, 1), value=length)  # the first breakpoint after this position
+
+    # Of the segments that hold the largest value the longest wins, then the first in the release's order:
+    # [0, z_first), [z_last, L), then those between. Each position carries the key of its own segment.
+    is_first = is_break.cumsum(dim=1) == 0
+    order = torch.where(is_first, 0, torch.where(segment_end == length, 1, segment_start + 2))
+    key = (segment_end - segment_start) * (length + 2) - order
+    is_peak = marginals == marginals.amax(dim=1, keepdim=True)
+    winner = torch.where(is_peak, key, -1).argmax(dim=1, keepdim=True)
+    start, end = segment_start.gather(1, winner)[:, 0], segment_end.gather(1, winner)[:, 0]
+
+    nothing = ~is_break.any(dim=1)
+    start = torch.where(nothing, math.ceil(MARGIN * length), start)
+    end = torch.where(nothing, math.ceil((1 - MARGIN) * length), end)
+    return torch.stack(_widen(start, end, length), dim=1)
+
+
+def _widen(start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The release's three length tests, each on what the one before it left."""
+    minimum = math.ceil(MARGIN * length)
+    pad = minimum - (end - start)
+    short = pad >= 0
+    half = (pad + 1) // 2  # ceil(pad / 2)
+
+    inside = short & (start > half) & (length - end > pad)
+    start, end = torch.where(inside, start - half + 1, start), torch.where(inside, end + half, end)
+    at_start = short & (start < half)
+    start, end = torch.where(at_start, 0, start), torch.where(at_start, minimum, end)
+    at_end = short & (length - end < half)
+    start, end = torch.where(at_end, length - minimum + 1, start), torch.where(at_end, length, end)
+    return start, end
+
+
+def select_classes(
+    scores: Tensor, num_regions: int, selection: Selection = "top", generator: torch.Generator | None = None
+) -> Tensor:
+    """The N classes of each image whose maps are searched: the highest, the lowest or random ones.
+
+    scores: (B, K). Returns (B, N) int64; among equal scores the lower class index comes first.
+    Raises ConfigError if N is below 1 or above K, or the selection is unknown.
+    """
+    num_classes = scores.shape[1]
+    if not 1 <= num_regions <= num_classes:
+        raise ConfigError(f"num_regions is {num_regions}; it must lie in 1 .. {num_classes}, the number of classes")
+    if selection == "random":
+        scores = torch.rand(scores.shape, generator=generator, device=scores.device)
+    elif selection not in ("top", "bottom"):
+        raise ConfigError(f"selection is {selection!r}; choose one of top, bottom, random")
+    order = torch.argsort(scores, dim=1, descending=selection != "bottom", stable=True)
+    return order[:, :num_regions]
+
+
+def class_marginals(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Marginals of attention maps (..., H, W): px (..., W), the maximum over rows, and py (..., H), over columns,
+    each scaled to [0, 1] by its own minimum and maximum (a constant one is divided by its maximum instead)."""
+    return _scale(maps.amax(dim=-2)), _scale(maps.amax(dim=-1))
+
+
+def _scale(marginal: Tensor) -> Tensor:
+    low, high = marginal.aminmax(dim=-1, keepdim=True)
+    return torch.where(high > low, (marginal - low) / (high - low), marginal / high)
+
+
+def attention_maps(class_logits: Tensor, classes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Attention maps of the chosen classes only: sigmoid, then bilinear upsampling with aligned corners.
+
+    class_logits: (B, K, h, w) float; classes: (B, N) int64; image_size: (H, W). Returns (B, N, H, W) in [0, 1].
+    """
+    chosen = classes[:, :, None, None].expand(-1, -1, *class_logits.shape[-2:])
+    maps = torch.sigmoid(class_logits.gather(1, chosen))
+    return F.interpolate(maps, size=image_size, mode="bilinear", align_corners=True)
+
+
+@torch.no_grad()
+def attentional_regions(
+    class_logits: Tensor,
+    scores: Tensor,
+    image_size: tuple[int, int],
+    num_regions: int = 4,
+    threshold: float = 0.5,
+    selection: Selection = "top",
+    generator: torch.Generator | None = None,
+) -> Regions:
+    """From class maps to the boxes of N regions an image (steps 1 to 4 of the paper's module).
+
+    class_logits: (B, K, h, w) float, the 1x1 convolution over the feature map, before the sigmoid;
+    scores: (B, K) global scores; image_size: (H, W) of the network input; threshold: tau in (0, 1).
+    Returns Regions. Raises ConfigError on a bad N, tau, selection or shape.
+    Source: the paper's module, checked against outputs of the released code.
+    """
+    check_threshold(threshold)
+    if class_logits.dim() != 4 or scores.shape != class_logits.shape[:2]:
+        raise ConfigError(
+            f"class_logits (B, K, h, w) and scores (B, K) do not fit: "
+            f"{tuple(class_logits.shape)} and {tuple(scores.shape)}"
+        )
+    classes = select_classes(scores, num_regions, selection, generator)  # (B, N)
+    px, py = class_marginals(attention_maps(class_logits.float(), classes, image_size))  # (B, N, W), (B, N, H)
+    x = locate_intervals(px.flatten(0, 1), threshold).view(*classes.shape, 2)
+    y = locate_intervals(py.flatten(0, 1), threshold).view(*classes.shape, 2)
+    boxes = torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)  # (B, N, 4)
+    return Regions(boxes, classes, scores.gather(1, classes))
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises ConfigError unless tau lies strictly between 0 and 1."""
+    if not 0 < threshold < 1:
+        raise ConfigError(f"threshold (tau) is {threshold}; it must lie strictly between 0 and 1")
+
+
+@torch.no_grad()
+def crop_regions(images: Tensor, boxes: Tensor) -> Tensor:
+    """Crops every box and resizes it to the size of the input, bilinearly with aligned corners (step 5).
+
+    images: (B, 3, H, W) float; boxes: (B, N, 4) int64 x1 y1 x2 y2, half-open. Returns (B*N, 3, H, W), the regions of
+    one image next to one another. No gradient flows to the images. Source: the release's crop and upsampling.
+    """
+    (batch, channels, height, width), num_regions = images.shape, boxes.shape[1]
+    x1, y1, x2, y2 = boxes.to(torch.float32).unbind(-1)  # each (B, N)
+    x = _sample_points(x1, x2, width)  # (B, N, W)
+    y = _sample_points(y1, y2, height)  # (B, N, H)
+    grid = torch.stack(
+        (
+            x[:, :, None, :].expand(-1, -1, height, -1),
+            y[:, :, :, None].expand(-1, -1, -1, width),
+        ),
+        dim=-1,
+    )  # (B, N, H, W, 2)
+    # The regions of an image are sampled as one tall picture, so the image itself is never copied N times.
+    tall = F.grid_sample(images.float(), grid.flatten(1, 2), align_corners=True)  # (B, 3, N*H, W)
+    crops = tall.view(batch, channels, num_regions, height, width).transpose(1, 2)
+    return crops.reshape(batch * num_regions, channels, height, width)
+
+
+def _sample_points(start: Tensor, end: Tensor, length: int) -> Tensor:
+    """Aligned-corner sample positions of [start, end) in grid_sample's coordinates, where 0 .. length-1 is -1 .. 1."""
+    steps = torch.linspace(0, 1, length, device=start.device)
+    pixels = start[..., None] + steps * (end - 1 - start)[..., None]
+    return pixels * (2 / (length - 1)) - 1
