@@ -102,7 +102,7 @@ def load_profile(name_or_path: str) -> Profile:
         raise ConfigError(f"no profile {name_or_path!r}; choose one of {names}, or give a path that ends in .toml")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     return _validated(Profile, values, str(path))
 

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcar_lib import backbones, metrics, model, recipe, regions
 from mcar_lib.backbones import Backbone, build_backbone, weights_fingerprint
 from mcar_lib.checkpoints import load_named
-from mcar_lib.config import Profile, RunConfig, load_profile
+from mcar_lib.config import Profile, RunConfig, load_profile, make_config
 from mcar_lib.data import ImageSet, load_image_set, prepare, transforms
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
@@ -55,6 +55,7 @@ OPERATING_POINTS: dict[str, tuple[float, int | None]] = {
     "top-3": (-math.inf, 3),
 }
 ARITHMETIC = (regions, model, backbones, metrics, transforms, recipe)
+BASELINE, METHOD = "global baseline", "MCAR"
 STREAMS = ("global", "local", "fused")
 
 
@@ -97,7 +98,10 @@ class Record:
 
     @property
     def config(self) -> RunConfig:
-        return RunConfig.model_validate_json(json.dumps(self.content["config"]))
+        try:
+            return make_config(self.content["config"])
+        except ConfigError as error:
+            raise ResultsError(f"{self.path}: {error}; move it away") from error
 
     @property
     def classes(self) -> list[str]:
@@ -178,7 +182,7 @@ class Workspace:
         self.data_root = Path(data_root).expanduser().resolve() if data_root else None
         self.verbose = verbose
         self._data: dict[str, Data] = {}
-        self._resized: dict[str, ResizedImages] = {}
+        self._resized: dict[tuple[ImageSet, int], ResizedImages] = {}
 
     @property
     def folder(self) -> Path:
@@ -215,7 +219,7 @@ class Workspace:
 
     def resized(self, images: ImageSet, size: int) -> ResizedImages:
         """The images of a split as squares, read once a session."""
-        key = f"{images.title}/{images.paths[0]}/{size}"
+        key = (images, size)
         if key not in self._resized:
             with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:
                 self._resized[key] = ResizedImages(images, size, progress=progress.update)
@@ -235,10 +239,10 @@ class Workspace:
 
     def known_keys(self, config: RunConfig) -> dict[str, str]:
         """Those fingerprints that can be taken here: without the data or the weights at hand, the others alone."""
-        try:
-            return self.keys(config)
-        except DataError:
-            keys = {"arithmetic": arithmetic_fingerprint()}
+        keys = {"arithmetic": arithmetic_fingerprint()}
+        with contextlib.suppress(DataError):
+            data = self.data(config)
+            keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
         with contextlib.suppress(WeightsError):
             keys["weights"] = weights_fingerprint(config.backbone, config.weights)
         return keys
@@ -292,6 +296,7 @@ class Workspace:
             }
             path = self.local_folder / "runs" / f"{config.label}-{run_id}.json"
             write_json(path, content)
+            _remove_checkpoints(folder)
             return Record(path, content)
 
     def _fit(self, config: RunConfig, folder: Path) -> tuple[MCAR, Fit]:
@@ -328,7 +333,9 @@ class Workspace:
                 say(f"the weights of {config.label} are not on this machine; training it")
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
-                self._fit(config, folder)
+                if not (folder / "scores.npz").exists():  # another process may have finished it meanwhile
+                    self._fit(config, folder)
+                _remove_checkpoints(folder)
         return folder
 
     # Comparisons -----------------------------------------------------------------------------------------------------
@@ -339,7 +346,7 @@ class Workspace:
         records = [self.run(config) for config in (*a, *b)]
         ids = [record.run_id for record in records]
         resamples = self.profile.bootstrap_resamples
-        key = {"a": ids[: len(a)], "b": ids[len(a) :], "epoch": epoch, "num_resamples": resamples}
+        key = comparison_key(ids[: len(a)], ids[len(a) :], epoch, resamples)
         name = f"{content_id(key)}.json"
         for folder in dict.fromkeys((self.folder, self.local_folder)):
             if (folder / "comparisons" / name).exists():
@@ -359,13 +366,26 @@ class Workspace:
         return content
 
 
+def main_grid(profile: Profile) -> dict[str, list[RunConfig]]:
+    """The main comparison: the global stream alone against MCAR, everything else equal, a run for each seed."""
+    return {
+        name: [profile.run.vary(local_stream=local_stream, seed=seed) for seed in profile.seeds]
+        for name, local_stream in ((BASELINE, False), (METHOD, True))
+    }
+
+
+def comparison_key(a: Sequence[str], b: Sequence[str], epoch: str, num_resamples: int) -> dict[str, Any]:
+    """What names a comparison record: the ids of both groups of runs, the epoch, and the bootstrap's resamples."""
+    return {"a": list(a), "b": list(b), "epoch": epoch, "num_resamples": num_resamples}
+
+
 def is_current(record: Record, keys: Mapping[str, str]) -> bool:
     """Whether a record was made by today's arithmetic, data and weights, as far as these keys tell."""
     return all(record.content["keys"].get(name) == value for name, value in keys.items())
 
 
 def run_id_of(config: RunConfig, keys: Mapping[str, str]) -> str:
-    """The name of a run: a hash of what differs from the defaults (so that a new option renames no run) and its keys."""
+    """A hash of what differs from the defaults (so that a new option renames no run) and its keys."""
     return content_id({"config": config.model_dump(mode="json", exclude_defaults=True), **keys})
 
 
@@ -384,8 +404,10 @@ def project_root() -> Path:
 
 def build_model(config: RunConfig, num_classes: int) -> tuple[MCAR, MeanStd]:
     """The model of a configuration, its new classifier drawn from the seed, and the backbone's mean and std."""
+    seed = sample_generator(config.seed, 0, INITIALISATION).initial_seed()
+    torch.manual_seed(seed)  # weights "none" are drawn too
     built: Backbone = build_backbone(config.backbone, config.weights)
-    torch.manual_seed(sample_generator(config.seed, 0, INITIALISATION).initial_seed())
+    torch.manual_seed(seed)  # the classifier's do not depend on how many numbers the backbone took
     generator = torch.Generator() if config.selection == "random" else None
     mcar = MCAR(
         built.features,
@@ -412,7 +434,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _save_outcome(folder: Path, mcar: MCAR, state: Fit) -> None:
-    """Weights and scores of a finished run; its checkpoints go once these are safe."""
+    """Weights and scores of a finished run."""
     assert state.last is not None
     assert state.best is not None
     arrays = {
@@ -423,6 +445,10 @@ def _save_outcome(folder: Path, mcar: MCAR, state: Fit) -> None:
     weights = {key: value.detach().cpu().contiguous() for key, value in mcar.state_dict().items()}
     write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
     write_atomically(folder / "scores.npz", lambda path: _save_arrays(path, arrays))
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Only once all that a run leaves is safe: until then they spare a run that is killed its epochs."""
     for checkpoint in folder.glob("checkpoint*.pt"):
         checkpoint.unlink()
 

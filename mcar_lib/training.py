@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -170,6 +171,7 @@ def _batches(images: ResizedImages) -> Iterator[Tensor]:
 
 def _accelerator(precision: str) -> Accelerator:
     keep_freed_memory()
+    AcceleratorState._reset_state()  # else a process could only use the precision of its first run
     # The effective batch stays the recipe's: several processes share it instead of each taking one.
     return Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -228,8 +230,12 @@ def _resume(folder: Path, recipe: Recipe, model: MCAR, optimizer: Any, schedule:
     if found is None:
         return Fit()
     path, content = found
-    if content["recipe"] != recipe.model_dump(mode="json"):
-        raise CheckpointError(f"{path} was made by another recipe; move {folder} away or train with that recipe")
+    own = recipe.model_dump(mode="json")
+    differing = [f"{key} {value!r}" for key, value in content["recipe"].items() if own.get(key) != value]
+    if content["recipe"] != own:
+        raise CheckpointError(
+            f"{path} was made by another recipe ({', '.join(differing)}); move {folder} away or train with that recipe"
+        )
     load_named(model, content["model"], str(path))
     optimizer.load_state_dict(content["optimizer"])
     schedule.load_state_dict(content["schedule"])

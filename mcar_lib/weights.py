@@ -73,9 +73,12 @@ class Source:
         return path
 
     def fingerprint(self, weights: str) -> str:
-        """A short content hash of the weights: sha256 of the file, or the name where there is no file (yet)."""
+        """A short content hash of the weights: sha256 of the file, or the name where there is no file that we know of.
+        torchvision's file names carry their hash, so a download has the same fingerprint before and after it."""
+        if weights == "imagenet" and self.torchvision:
+            return f"imagenet:{Path(_url(self.torchvision)).stem}"
         path = self.file(weights)
-        if path is None or not path.is_file():
+        if path is None:
             return f"{weights}:{self.backbone}"
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
@@ -89,7 +92,7 @@ class Source:
             path = self.file(weights)
             assert path is not None  # only a hub's own weights have no file, and those are not read here
             loaded = read_state_dict(path)
-        if weights == "bundled":
+        if weights in ("bundled", "imagenet"):
             loaded = _rename_by_position(features, loaded)
         _fill(features, loaded, f"{self.backbone} with weights {weights!r}")
 
@@ -135,13 +138,13 @@ def _hub_file(url: str) -> Path:
 
 
 def _rename_by_position(features: nn.Module, loaded: StateDict) -> StateDict:
-    """Gives the tensors of a bundled file today's names: older releases of a network keep the order of its tensors
-    and the last part of their names (weight, running_mean, ...), which is checked."""
+    """Gives the tensors of a published file our names: torchvision's own names and those of older releases keep the
+    order of a network's tensors and the last part of their names (weight, running_mean, ...), which is checked."""
     own = [key for key in features.state_dict() if not _is_counter(key)]
     old = [key for key in loaded if not _is_counter(key)][: len(own)]  # an ImageNet head may follow
     for new, was in zip(own, old, strict=False):
         if new.rpartition(".")[2] != was.rpartition(".")[2]:
-            raise WeightsError(f"bundled weights are in another order: {was} stands where {new} should")
+            raise WeightsError(f"published weights are in another order: {was} stands where {new} should")
     return {new: loaded[was] for new, was in zip(own, old, strict=False)}
 
 

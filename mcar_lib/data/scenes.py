@@ -200,9 +200,9 @@ _COMPANY = {name: words.split() for name, words in _entries(_COMPANY_TABLE).item
 class ScenesConfig:
     """Number of images of the splits trainval and test, side of the square images in pixels, and seed."""
 
-    num_train: int = 600
+    num_train: int = 800
     num_test: int = 400
-    side: int = 256
+    side: int = 192
     seed: int = 2007
 
     def __post_init__(self) -> None:
@@ -344,19 +344,26 @@ def plan_scene(config: ScenesConfig, split: str, index: int) -> list[SceneObject
     if split not in SPLITS:
         raise ConfigError(f"unknown split {split!r} of the scenes; choose one of {', '.join(SPLITS)}")
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
-    num_objects = int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.13, 0.25, 0.26, 0.19, 0.11, 0.06]))
-    median = 0.28 if num_objects <= 2 else 0.2
+    num_objects = int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.27, 0.33, 0.2, 0.11, 0.06, 0.03]))
+    median = 0.4 if num_objects <= 2 else 0.28
     plan: list[SceneObject] = []
     for name in _choose_classes(rng, num_objects):
-        least = 0.16 if len(plan) == num_objects - 1 else 0.08
+        least = 0.2 if len(plan) == num_objects - 1 else 0.08
         extent = float(np.clip(median * math.exp(0.5 * rng.standard_normal()), least, 0.6))
-        glyphs = [glyph for glyph in GLYPHS[name] if split == "test" or glyph not in TEST_ONLY_GLYPHS]
-        plan.append(_place(rng, name, glyphs[rng.integers(len(glyphs))], extent, plan))
-    for _ in range(rng.integers(0, 5)):
+        plan.append(_place(rng, name, _choose_glyph(rng, name, split), extent, plan))
+    for _ in range(rng.integers(0, 3)):
         glyph = DISTRACTORS[rng.integers(len(DISTRACTORS))]
         distractor = _place(rng, None, glyph, float(rng.uniform(0.06, 0.25)), plan)
         plan.insert(int(rng.integers(0, len(plan))), distractor)
     return plan
+
+
+def _choose_glyph(rng: np.random.Generator, name: str, split: str) -> Glyph:
+    """One glyph of a class, the earlier in the table the likelier; in the test split one in six is a test-only one."""
+    unseen = split == "test" and rng.random() < 1 / 6
+    glyphs = [glyph for glyph in GLYPHS[name] if (glyph in TEST_ONLY_GLYPHS) == unseen]
+    weights = 1 / np.arange(1, len(glyphs) + 1)
+    return glyphs[rng.choice(len(glyphs), p=weights / weights.sum())]
 
 
 def _choose_classes(rng: np.random.Generator, num_objects: int) -> list[str]:
@@ -511,8 +518,8 @@ def _paint(canvas: Floats, sprite: _Sprite, item: SceneObject) -> None:
         return
     under = canvas[window]
     around = (under * alpha[..., None]).sum((0, 1)) / alpha.sum()
-    contrast = rng.uniform(60, 260)  # distance of the colours, 0 to 441: some objects hardly stand out
-    main = _colour_at_distance(rng, around, contrast)
+    contrast = rng.uniform(110, 280)  # distance of the colours, 0 to 441: some objects hardly stand out
+    main = _colour_at_distance(rng, around, contrast, _hue(item.class_name))
     second = _colour_at_distance(rng, main, rng.uniform(70, 230))
     size = max(sprite.ink.shape)
     light = _ramp(rng, size) * rng.uniform(0, 0.5) + _noise(rng, size, (3, 12)) * rng.uniform(0, 0.15)
@@ -528,14 +535,21 @@ def _paint(canvas: Floats, sprite: _Sprite, item: SceneObject) -> None:
     under += (colour - under) * alpha[..., None]
 
 
-def _colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.1, 1.0)) -> Floats:
-    hsv = rng.random(), rng.uniform(*saturation), rng.uniform(0.1, 1.0)
+def _hue(class_name: str | None) -> float | None:
+    """The hue that objects of a class tend to have, as grass is green and buses are red; none for distractors."""
+    return None if class_name is None else CLASSES.index(class_name) * 7 % 20 / 20
+
+
+def _colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.1, 1.0), hue: float | None = None) -> Floats:
+    drawn = rng.random() if hue is None else rng.normal(hue, 0.02) % 1
+    hsv = drawn, rng.uniform(*saturation), rng.uniform(0.1 if hue is None else 0.4, 1.0)
     return np.array(colorsys.hsv_to_rgb(*hsv), dtype=np.float32) * np.float32(255)
 
 
-def _colour_at_distance(rng: np.random.Generator, other: Floats, distance: float) -> Floats:
-    """Of a few colours, the one whose distance from the other is closest to the wanted one."""
-    colours = [_colour(rng) for _ in range(6)]
+def _colour_at_distance(rng: np.random.Generator, other: Floats, distance: float, hue: float | None = None) -> Floats:
+    """Of a few colours, the one whose distance from the other is closest to the wanted one; of the hue, if given."""
+    saturation = (0.1, 1.0) if hue is None else (0.6, 1.0)
+    colours = [_colour(rng, saturation, hue) for _ in range(6)]
     return min(colours, key=lambda colour: abs(float(np.linalg.norm(colour - other)) - distance))
 
 
@@ -559,15 +573,15 @@ def _noise(rng: np.random.Generator, size: int, cells: Sequence[int]) -> Floats:
 
 def _background(rng: np.random.Generator, side: int) -> Floats:
     """(side, side, 3) values from 0 to 255: a gradient, noise and half-transparent shapes."""
-    first, second = _colour(rng, (0.05, 0.6)), _colour(rng, (0.05, 0.6))
+    first, second = _colour(rng, (0.0, 0.3)), _colour(rng, (0.0, 0.3))
     half = side // 2  # smooth enough to be enlarged, and four times as quick
     canvas = first + (second - first) * ((_ramp(rng, half)[..., None] + 1) / 2)
     canvas += _noise(rng, half, (4, 10, 28, 80))[..., None] * rng.uniform(5, 24)
     canvas += _noise(rng, half, (5,))[..., None] * ((_colour(rng) - 128) * rng.uniform(0, 0.3))
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((side, side))
     pen = ImageDraw.Draw(image, "RGBA")
-    for _ in range(rng.integers(3, 14)):
-        colour = (*_colour(rng, (0.05, 0.8)).astype(int).tolist(), int(rng.integers(50, 200)))
+    for _ in range(rng.integers(2, 8)):
+        colour = (*_colour(rng, (0.0, 0.4)).astype(int).tolist(), int(rng.integers(50, 200)))
         centre, radius = rng.uniform(0, side, 2), rng.uniform(0.03, 0.3) * side
         kind = rng.integers(3)
         if kind == 0:

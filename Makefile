@@ -1,0 +1,51 @@
+# What can be done here: make help. Needs python3 (3.11 or newer) with pip, and GNU make.
+
+PYTHON ?= python3
+PROFILE ?= mini
+ONLY ?=
+DATA_ROOT ?=
+BIN := .venv/bin
+
+.PHONY: help venv reproduce test report publish lint notebook clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  PYTHON=python3.11'
+
+venv: .venv/.installed  ## the environment in .venv, exactly as pinned
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'This needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+reproduce: venv  ## all notebooks, trained anew into results/local, then compared with the committed results
+	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
+
+test: lint  ## every check: lint, types, layers, drift of generated files, tests
+	$(BIN)/mcar report --check
+	$(BIN)/python -m pytest
+
+lint: venv  ## format, lint, types and layers only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+report: venv  ## tables, figures and README numbers, rebuilt from the committed run records
+	$(BIN)/mcar report
+
+publish: venv  ## maintainers: results/local becomes the committed results
+	$(BIN)/mcar publish --profile '$(PROFILE)'
+
+notebook: venv  ## JupyterLab on the notebooks
+	$(BIN)/jupyter-lab notebooks
+
+clean:  ## removes caches; environment, data, artifacts and results stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find mcar_lib tests benchmarks notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,0 +1,259 @@
+"""The jobs of this project from a terminal: the command `mcar`, or python -m mcar_lib.
+
+Each command imports what it needs when it runs, so that training works where Jupyter and pandas are not installed.
+"""
+
+import json
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, ResultsError, WeightsError
+
+if TYPE_CHECKING:
+    from mcar_lib.config import RunConfig
+    from mcar_lib.data import ImageSet
+    from mcar_lib.experiment import Workspace
+
+EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
+EPILOG = (
+    "Exit codes: 0 done; 1 a notebook or run failed, or a generated file drifted; 2 wrong usage or configuration; "
+    "3 data; 4 weights or checkpoint; 5 results; 130 interrupted."
+)
+LABEL_METRICS = ("CP", "CR", "CF1", "OP", "OR", "OF1")
+
+
+class Commands(TyperGroup):
+    """Turns this project's errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MCARError as error:
+            typer.echo(f"error: {error}", err=True)
+            code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        except ModuleNotFoundError as error:
+            if (error.name or "mcar_lib").startswith("mcar_lib"):
+                raise
+            typer.echo(f"error: this needs the package {error.name}; install it, or requirements.lock", err=True)
+            code = EXIT_CODES[ConfigError]
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            code = 130
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=Commands, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+class Action(StrEnum):
+    PREPARE = "prepare"
+    CHECK = "check"
+
+
+ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, photos, paper, or a path ending in .toml.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the run, as in TOML; repeatable.")]
+ResultsFolder = Annotated[Path | None, typer.Option("--results", help="Where own results go (results/local).")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where photos are ($MCAR_DATA).")]
+Artifacts = Annotated[Path | None, typer.Option("--artifacts", help="Weights, scores, scenes ($MCAR_ARTIFACTS).")]
+
+
+@app.command()
+def reproduce(
+    profile: ProfileName = "mini",
+    only: Annotated[list[str] | None, typer.Option(help="Notebooks by number; repeatable or 02,03.")] = None,
+    results: ResultsFolder = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run the notebooks, then compare what they computed here with what is committed."""
+    from mcar_lib.reproduce import reproduce
+
+    reproduce(profile, only or [], results, data_root)
+
+
+@app.command()
+def publish(profile: ProfileName = "mini") -> None:
+    """Make results/local the committed results, and the notebooks show them (for maintainers)."""
+    from mcar_lib.reproduce import publish
+
+    publish(profile)
+
+
+@app.command()
+def report(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 if a file differs.")] = False,
+) -> None:
+    """Rebuild every committed table, figure and README block from the committed run records."""
+    from mcar_lib.experiment import project_root
+    from mcar_lib.reproduce import drifted, rebuild
+
+    root = project_root()
+    if not check:
+        rebuild(root)
+    elif different := drifted(root):
+        raise MCARError("not what the records say; run mcar report:\n" + "\n".join(f"  {name}" for name in different))
+
+
+@app.command()
+def train(
+    profile: ProfileName = "mini",
+    settings: Settings = None,
+    results: ResultsFolder = None,
+    data_root: DataRoot = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Train one run, or find it if it was trained before, and print its metrics."""
+    from mcar_lib.experiment import project_root
+
+    workspace, config = _open(profile, settings, results or project_root() / "results" / "local", data_root, artifacts)
+    record = workspace.run(config)
+    typer.echo(f"record: {record.path}")
+    _print_metrics(record.content["metrics"]["last"])
+
+
+@app.command()
+def evaluate(
+    profile: ProfileName = "mini",
+    settings: Settings = None,
+    best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to score on the test split.")] = None,
+    release: Annotated[bool, typer.Option("--release", help="The checkpoint is one of the paper's release.")] = False,
+    results: ResultsFolder = None,
+    data_root: DataRoot = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing."""
+    if release and checkpoint is None:
+        raise typer.BadParameter("--release needs --checkpoint FILE")
+    workspace, config = _open(profile, settings, results, data_root, artifacts)
+    if checkpoint is not None:
+        _print_metrics(_score_checkpoint(workspace, config, checkpoint, release))
+        return
+    record = workspace.find(config)
+    if record is None:
+        raise ResultsError(f"there is no current record of {config.label}; mcar train with the same options makes one")
+    typer.echo(f"record: {record.path}")
+    _print_metrics(record.content["metrics"]["best" if best else "last"])
+
+
+@app.command()
+def data(
+    action: Annotated[Action, typer.Argument(help="check reads all again, whatever prepare left a note of.")],
+    dataset: Annotated[str, typer.Option(help="scenes, voc2007, voc2012, coco2014 or table.")],
+    data_root: DataRoot = None,
+    settings: Settings = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Read every image and label of a data set, and print what is in it; scenes are composed if need be."""
+    from mcar_lib.data import prepare
+    from mcar_lib.experiment import Workspace
+    from mcar_lib.progress import Progress
+
+    workspace = Workspace(data_root=data_root, artifacts=artifacts)
+    notes = workspace.artifacts / "data" / "checked" if action is Action.PREPARE else None
+    columns, counts = ["class"], []
+    for split in ("train", "test"):
+        images = _load_split(workspace, dataset, split, parse_settings(settings or []))
+        with Progress(f"checking {images.title}", len(images)) as progress:
+            fingerprint = prepare(images, notes, progress.update)
+        typer.echo(f"{images.title}: {len(images):,} images, fingerprint {fingerprint}")
+        columns += [split, f"{split} difficult"]
+        counts += [(images.targets == 1).sum(dim=0).tolist(), (images.targets == -1).sum(dim=0).tolist()]
+    _print_table(columns, zip(images.classes, *counts, strict=True))
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """["epochs=3", "data_options.side=64"] -> {"epochs": 3, "data_options": {"side": 64}}; no TOML means a string."""
+    lines = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        try:
+            tomllib.loads(f"value = {value}")
+        except tomllib.TOMLDecodeError:
+            text = f"{key} = {json.dumps(value.strip(), ensure_ascii=False)}" if equals else text
+        lines.append(text)
+    try:
+        return tomllib.loads("\n".join(lines))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--set {', '.join(texts)}: not KEY=VALUE, or one key twice ({error})") from error
+
+
+def _open(
+    profile: str, settings: Sequence[str] | None, results: Path | None, data_root: Path | None, artifacts: Path | None
+) -> tuple["Workspace", "RunConfig"]:
+    """The workspace, and the profile's run with changes: options of its data set are added to, another's start anew."""
+    from mcar_lib.config import load_profile
+    from mcar_lib.experiment import Workspace
+
+    workspace = Workspace(load_profile(profile), results and results.resolve(), data_root, artifacts)
+    run, changes = workspace.profile.run, parse_settings(settings or [])
+    known = run.data_options if changes.get("dataset", run.dataset) == run.dataset else {}
+    if isinstance(changes.setdefault("data_options", {}), dict):
+        changes["data_options"] = {**known, **changes["data_options"]}
+    return workspace, run.vary(**changes)
+
+
+def _print_metrics(streams: Mapping[str, Any]) -> None:
+    rows = [
+        [name, point, *(100 * value for value in (streams[name]["mAP"], *(at[metric] for metric in LABEL_METRICS)))]
+        for name in ("global", "local", "fused")
+        for point, at in streams[name]["at"].items()
+    ]
+    _print_table(["stream", "labels at", "mAP %", *LABEL_METRICS], rows)
+
+
+def _score_checkpoint(workspace: "Workspace", config: "RunConfig", path: Path, release: bool) -> dict[str, Any]:
+    """The metrics of weights from a file, in the form that run records have."""
+    from mcar_lib.checkpoints import load_named, load_release_checkpoint
+    from mcar_lib.experiment import OPERATING_POINTS, STREAMS, build_model
+    from mcar_lib.metrics import multilabel_metrics
+    from mcar_lib.training import evaluate
+    from mcar_lib.weights import read_state_dict
+
+    test = _load_split(workspace, config.dataset, "test", config.data_options)
+    mcar, mean_std = build_model(config.vary(weights="none"), len(test.classes))
+    if release:
+        load_release_checkpoint(path, mcar)
+    else:
+        load_named(mcar, read_state_dict(path), str(path))
+    scores = evaluate(mcar, workspace.resized(test, config.image_size), mean_std, config.precision, config.seed)
+    found: dict[str, Any] = {}
+    for name, stream in zip(STREAMS, (*scores, scores.fused), strict=True):
+        at = {point: multilabel_metrics(stream, test.targets, *limits) for point, limits in OPERATING_POINTS.items()}
+        found[name] = {"mAP": at["0.5"]["mAP"], "at": at}
+    return found
+
+
+def _load_split(workspace: "Workspace", dataset: str, split: str, options: Mapping[str, Any]) -> "ImageSet":
+    from mcar_lib.data import load_image_set
+
+    root = workspace.artifacts / "data" if dataset == "scenes" else workspace.data_root
+    if root is None:
+        raise DataError(f"{dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
+    return load_image_set(dataset, split, root, **options)
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    plain = not sys.stdout.isatty()
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=160 if plain else None, markup=False, highlight=False).print(table)
+
+
+def main() -> None:
+    """Entry point of the command mcar."""
+    app(prog_name="mcar")

@@ -1,0 +1,197 @@
+"""Figures: each function draws from images, tensors or run records and returns the matplotlib figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from mcar_lib.data import ImageSet
+
+COLOURS = sns.color_palette("colorblind")
+GLOBAL, LOCAL, FUSED = COLOURS[0], COLOURS[1], COLOURS[2]
+STREAM_COLOURS = {"global": GLOBAL, "local": LOCAL, "fused": FUSED}
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",  # readable on a dark page too
+    "font.size": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def figure(rows: int = 1, columns: int = 1, width: float = 4.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure in the house style and its axes as a flat array."""
+    plt.rcParams.update(STYLE)
+    made, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    made.set_layout_engine("constrained")
+    return made, axes.ravel()
+
+
+def save(made: Figure, path: Path) -> Path:
+    """Writes a PNG without anything that changes from one day to the next, and closes the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(made)
+    return path
+
+
+def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
+    """An image uint8 (3, H, W) without ticks."""
+    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+
+
+def draw_box(axes: Axes, box: Sequence[float], label: str, colour: Any, dashed: bool = False) -> None:
+    """A box x1 y1 x2 y2 with its label inside the upper left corner."""
+    x1, y1, x2, y2 = (float(value) for value in box)
+    style = "--" if dashed else "-"
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2, linestyle=style))
+    if label:
+        background = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}
+        axes.text(x1, y1, label, fontsize=8, color="white", va="top", ha="left", bbox=background, clip_on=True)
+
+
+def sample_photos(images: ImageSet, indices: Sequence[int], columns: int = 4) -> Figure:
+    """Photos with their annotated boxes; difficult objects are dashed."""
+    made, axes = figure(-(-len(indices) // columns), columns, width=2.9, height=2.9)
+    for ax in axes[len(indices) :]:
+        ax.set_axis_off()
+    for ax, index in zip(axes, indices, strict=False):
+        show_image(ax, images.image(index), images.ids[index])
+        boxes = images.boxes(index)
+        for box, kind, difficult in zip(boxes.xyxy, boxes.classes, boxes.difficult, strict=True):
+            colour = COLOURS[int(kind) % len(COLOURS)]
+            draw_box(ax, box.tolist(), images.classes[int(kind)], colour, dashed=bool(difficult))
+    return made
+
+
+def class_counts(counts: pd.DataFrame) -> Figure:
+    """Images with each class by split; counts: one row a class, one column a split."""
+    made, (ax,) = figure(width=9, height=3.6)
+    counts.plot.bar(ax=ax, color=[GLOBAL, LOCAL], width=0.8)
+    ax.set(xlabel="", ylabel="images with the class")
+    ax.tick_params(axis="x", rotation=60)
+    ax.grid(axis="x", visible=False)
+    return made
+
+
+def cooccurrence(matrix: pd.DataFrame) -> Figure:
+    """P(column class present | row class present), in percent."""
+    made, (ax,) = figure(width=8, height=6.6)
+    sns.heatmap(100 * matrix, ax=ax, cmap="viridis", vmin=0, vmax=60, square=True, cbar_kws={"label": "percent"})
+    ax.set(xlabel="is there too", ylabel="where this class is")
+    return made
+
+
+def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss and mAP of each epoch of one or more runs; histories: run name -> its record's history."""
+    made, axes = figure(len(histories), 2, width=5, height=3.2)
+    for row, (name, history) in enumerate(histories.items()):
+        table = pd.DataFrame(history)
+        has_local = bool((table["local_loss"] > 0).any())
+        loss, precision = axes[2 * row], axes[2 * row + 1]
+        for stream in ("global", "local") if has_local else ("global",):
+            loss.plot(table["epoch"], table[f"{stream}_loss"], "o-", color=STREAM_COLOURS[stream], label=stream)
+        for stream in ("global", "local", "fused") if has_local else ("global",):
+            values = 100 * table[f"map_{stream}"]
+            precision.plot(table["epoch"], values, "o-", color=STREAM_COLOURS[stream], label=stream)
+        loss.set(title=f"{name}: training loss", xlabel="epoch", ylabel="BCE", ylim=(0, None))
+        precision.set(title=f"{name}: test mAP", xlabel="epoch", ylabel="mAP (%)")
+        for ax in (loss, precision):
+            ax.legend()
+            ax.xaxis.get_major_locator().set_params(integer=True)
+    return made
+
+
+def region_steps(
+    image: Tensor,
+    maps: Tensor,
+    px: Tensor,
+    py: Tensor,
+    boxes: Tensor,
+    labels: Sequence[str],
+    threshold: float,
+    crops: Tensor,
+) -> Figure:
+    """The region module on one image, a row for each region: map, both marginals with tau and interval, box, crop.
+
+    image: uint8 (3, H, W); maps: (N, H, W); px: (N, W); py: (N, H); boxes: (N, 4); crops: uint8 (N, 3, H, W).
+    """
+    made, axes = figure(len(boxes), 5, width=2.6, height=2.4)
+    for row, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        on_map, across, down, on_image, crop = axes[5 * row : 5 * row + 5]
+        show_image(on_map, image, f"map of {labels[row]}")
+        on_map.imshow(maps[row].numpy(), cmap="magma", alpha=0.6)
+        _marginal(across, px[row], (x1, x2), threshold, "px(u), over the width")
+        _marginal(down, py[row], (y1, y2), threshold, "py(v), over the height")
+        show_image(on_image, image, "box")
+        draw_box(on_image, (x1, y1, x2, y2), labels[row], COLOURS[row % len(COLOURS)])
+        show_image(crop, crops[row], "what the local stream sees")
+    return made
+
+
+def _marginal(ax: Axes, values: Tensor, interval: tuple[int, int], threshold: float, title: str) -> None:
+    ax.plot(values.numpy(), color=GLOBAL)
+    ax.axhline(threshold, color="black", linestyle="--", linewidth=1)
+    ax.axvspan(*interval, color=FUSED, alpha=0.25)
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("pixel", fontsize=9)
+    ax.set_ylim(-0.05, 1.05)
+
+
+def regions_on_images(
+    images: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequence[Sequence[str]], titles: Sequence[str]
+) -> Figure:
+    """Images uint8 (3, H, W) with the N regions found in each: boxes (N, 4) and N labels an image."""
+    columns = 4
+    made, axes = figure(-(-len(images) // columns), columns, width=2.9, height=3.1)
+    for ax in axes[len(images) :]:
+        ax.set_axis_off()
+    for ax, image, found, names, title in zip(axes, images, boxes, labels, titles, strict=False):
+        show_image(ax, image, title)
+        for index, (box, name) in enumerate(zip(found.tolist(), names, strict=True)):
+            draw_box(ax, box, name, COLOURS[index % len(COLOURS)])
+    return made
+
+
+def main_results(runs: pd.DataFrame, title: str) -> Figure:
+    """Each run's mAP as a dot, each model's mean as a bar's end; runs: columns model, seed, mAP (percent)."""
+    made, (ax,) = figure(width=6.4, height=2.8)
+    models = list(dict.fromkeys(runs["model"]))
+    for place, name in enumerate(models):
+        values = runs.loc[runs["model"] == name, "mAP"].to_numpy()
+        ax.plot(values, np.full(len(values), place), "o", color=COLOURS[place], markersize=8, alpha=0.7)
+        ax.plot(values.mean(), place, "|", color="black", markersize=26, markeredgewidth=2)
+        ax.annotate(f"{values.mean():.1f}", (values.mean(), place), (0, 18), textcoords="offset points", ha="center")
+    ax.set_yticks(range(len(models)), models)
+    ax.set(ylim=(len(models) - 0.5, -0.6), xlabel="test mAP (%): a dot a seed, a line their mean", title=title)
+    return made
+
+
+def per_class(table: pd.DataFrame, title: str) -> Figure:
+    """AP of each class for two models; table: index class, columns the two models' AP in percent."""
+    made, (ax,) = figure(width=7.5, height=5.6)
+    first, second = table.columns[:2]
+    ordered = table.sort_values(second)
+    places = np.arange(len(ordered))
+    ax.hlines(places, ordered[first], ordered[second], color="grey", linewidth=1)
+    ax.plot(ordered[first], places, "o", color=GLOBAL, label=first)
+    ax.plot(ordered[second], places, "D", color=FUSED, label=second)
+    ax.set_yticks(places, [str(name) for name in ordered.index])
+    ax.set(xlabel="AP (%), mean over seeds", title=title)
+    ax.legend()
+    return made

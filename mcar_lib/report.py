@@ -1,0 +1,408 @@
+"""From run records to everything that a reader sees: tables, figures, the claims table, the README's number blocks.
+
+Nothing here trains or measures. A record that was not made by today's arithmetic is an error, not a row.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mcar_lib import plots
+from mcar_lib.config import Profile, RunConfig, load_profile
+from mcar_lib.errors import ResultsError
+from mcar_lib.experiment import (
+    BASELINE,
+    METHOD,
+    OPERATING_POINTS,
+    Record,
+    arithmetic_fingerprint,
+    comparison_key,
+    content_id,
+    main_grid,
+    read_json,
+    read_records,
+)
+
+PROFILES = ("mini", "photos", "paper")  # those whose numbers mean something, in the order they are shown
+# A rerun elsewhere may differ in the last bit of every sum; training makes up to this much of it in mAP.
+TOLERANCE = 0.03
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class MainResult:
+    """The runs of the main comparison, its paired interval, and where they are from."""
+
+    profile: Profile
+    runs: Mapping[str, Sequence[Record]]  # "global baseline" and "MCAR", a record a seed
+    comparison: Mapping[str, Any]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for group in self.runs.values() for record in group]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        data: Mapping[str, Any] = self.records[0].content["data"]
+        return data
+
+    @property
+    def title(self) -> str:
+        subset = "; subset, not comparable with the published figures" if self.data["subset"] else ""
+        return f"{self.profile.title}: {self.data['test']}{subset}"
+
+
+def load_main_result(folder: Path, profile: Profile) -> MainResult | None:
+    """The main comparison from one results/<profile> folder; None where its runs are not all there.
+
+    Raises ResultsError when a record of it was made by other arithmetic than today's.
+    """
+    records = read_records(folder)
+    runs = {name: [_find(records, config) for config in grid] for name, grid in main_grid(profile).items()}
+    if any(record is None for group in runs.values() for record in group):
+        return None
+    found = {name: [record for record in group if record is not None] for name, group in runs.items()}
+    ids = {name: [record.run_id for record in group] for name, group in found.items()}
+    key = comparison_key(ids[METHOD], ids[BASELINE], "last", profile.bootstrap_resamples)
+    path = folder / "comparisons" / f"{content_id(key)}.json"
+    return MainResult(profile, found, read_json(path)) if path.exists() else None
+
+
+def _find(records: Sequence[Record], config: RunConfig) -> Record | None:
+    for record in records:
+        if record.config == config:
+            if record.content["keys"]["arithmetic"] != arithmetic_fingerprint():
+                raise ResultsError(
+                    f"{record.path} was made by other arithmetic than today's; run it again: "
+                    f"mcar reproduce --profile {record.content['profile']}, then mcar publish"
+                )
+            return record
+    return None
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def runs_table(result: MainResult) -> pd.DataFrame:
+    """One row a run: model, seed, mAP of each stream (percent, last epoch), the best epoch's, and the seconds."""
+    rows = []
+    for name, group in result.runs.items():
+        for record in group:
+            best = record.content["metrics"]["best"]
+            rows.append(
+                {
+                    "model": name,
+                    "seed": record.config.seed,
+                    "mAP": 100 * record.map(),
+                    "global": 100 * record.map("global"),
+                    "local": 100 * record.map("local") if record.config.local_stream else None,
+                    "best epoch": best["epoch"],
+                    "best mAP": 100 * best["fused"]["mAP"],
+                    "train seconds": record.content["cost"]["train_seconds"],
+                    "run": record.run_id,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def main_table(result: MainResult, epoch: str = "last") -> pd.DataFrame:
+    """One row a model: mAP and, at each operating point, CP to OF1; percent, mean over the seeds of fused scores."""
+    rows = []
+    for name, group in result.runs.items():
+        streams = [record.stream("fused", epoch) for record in group]
+        values = pd.Series([100 * stream["mAP"] for stream in streams])
+        row: dict[str, Any] = {"model": name, "seeds": len(group), "mAP": values.mean()}
+        row["mAP range"] = f"{values.min():.1f} to {values.max():.1f}"
+        for point in OPERATING_POINTS:
+            for metric in ("CF1", "OF1"):
+                row[f"{metric} at {point}"] = 100 * _mean(stream["at"][point][metric] for stream in streams)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def operating_table(result: MainResult) -> pd.DataFrame:
+    """All six label metrics of both models at every operating point; percent, mean over seeds."""
+    rows = []
+    for point in OPERATING_POINTS:
+        for name, group in result.runs.items():
+            at = [record.stream()["at"][point] for record in group]
+            metrics = {metric: 100 * _mean(values[metric] for values in at) for metric in at[0]}
+            rows.append({"predicted at": point, "model": name, **metrics})
+    return pd.DataFrame(rows)
+
+
+def per_class_table(result: MainResult) -> pd.DataFrame:
+    """AP of each class for both models and their difference; percent, mean over seeds."""
+    columns = {
+        name: 100 * pd.DataFrame([record.stream()["AP"] for record in group], columns=result.data["classes"]).mean()
+        for name, group in result.runs.items()
+    }
+    table = pd.DataFrame(columns)
+    table["difference"] = table[METHOD] - table[BASELINE]
+    table.index.name = "class"
+    return table
+
+
+def difference_table(result: MainResult) -> pd.DataFrame:
+    """MCAR minus its global baseline: mAP in points, the paired 95 % interval, and what follows."""
+    found = result.comparison
+    return pd.DataFrame(
+        [
+            {
+                "compared": f"{METHOD} - {BASELINE}",
+                "difference": 100 * found["difference"],
+                "low": 100 * found["low"],
+                "high": 100 * found["high"],
+                "p": found["p_value"],
+                "finding": finding(found),
+            }
+        ]
+    )
+
+
+def finding(comparison: Mapping[str, Any]) -> str:
+    """The sentence that a paired interval supports."""
+    if comparison["low"] > 0:
+        return "MCAR is better"
+    return "the global baseline is better" if comparison["high"] < 0 else "no difference that this data can show"
+
+
+def cost_table(result: MainResult) -> pd.DataFrame:
+    """Parameters, operations and measured seconds of both models."""
+    rows = []
+    for name, group in result.runs.items():
+        costs = [record.content["cost"] for record in group]
+        images = group[0].config.epochs * result.data["train_images"]
+        rows.append(
+            {
+                "model": name,
+                "parameters": costs[0]["parameters"],
+                "over the backbone": costs[0]["parameters_over_backbone"],
+                "GMACs an image": costs[0]["macs_per_image"] / 1e9,
+                "training images/s": images / _mean(cost["train_seconds"] for cost in costs),
+                "training minutes": _mean(cost["train_seconds"] for cost in costs) / 60,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def published_beside_ours(result: MainResult) -> pd.DataFrame:
+    """The published mAP (percent, "-" where nothing was published) with ours where data, backbone and size agree."""
+    config, data = result.records[0].config, result.data
+    ours = f"{100 * _mean(record.map() for record in result.runs[METHOD]):.1f}"
+    rows = []
+    for (backbone, size), cells in read_published("map.csv").groupby(["backbone", "image_size"], sort=False):
+        by_dataset = {cell.dataset: f"{cell.percent}" for cell in cells.itertuples()}
+        same = (backbone, size) == (config.backbone, config.image_size) and config.dataset in by_dataset
+        row = {"backbone": backbone, "input": size}
+        row |= {dataset: by_dataset.get(dataset, "-") for dataset in ("voc2007", "voc2012", "coco2014")}
+        rows.append({**row, "ours": ours if same and not data["subset"] else "not run"})
+    return pd.DataFrame(rows)
+
+
+def read_published(name: str) -> pd.DataFrame:
+    """One of the tables of results/published, each row with its source."""
+    from mcar_lib.experiment import project_root
+
+    return pd.read_csv(project_root() / "results" / "published" / name)
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[MainResult], pd.DataFrame]] = {
+    "main_results": main_table,
+    "main_results_best_epoch": partial(main_table, epoch="best"),
+    "difference": difference_table,
+    "operating_points": operating_table,
+    "per_class_ap": lambda result: per_class_table(result).reset_index(),
+    "runs": runs_table,
+    "cost": cost_table,
+}
+
+
+def write_profile(folder: Path, profile: Profile) -> list[Path]:
+    """Tables (CSV and Markdown) and figures of one results/<profile> tree, from its records. Returns what it wrote."""
+    result = load_main_result(folder, profile)
+    if result is None:
+        return []
+    written = []
+    for name, build in TABLES.items():
+        table = build(result)
+        written.append(write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.4f")))
+        written.append(write_text(folder / "tables" / f"{name}.md", f"{result.title}\n\n{markdown(table)}"))
+    return written + [plots.save(made, folder / "figures" / f"{name}.png") for name, made in figures(result).items()]
+
+
+def figures(result: MainResult) -> dict[str, Any]:
+    """The figures of the main comparison by file name."""
+    histories = {name: group[0].content["history"] for name, group in result.runs.items()}
+    return {
+        "main_results": plots.main_results(runs_table(result), result.title),
+        "per_class_ap": plots.per_class(per_class_table(result), result.title),
+        "curves": plots.curves(histories),
+    }
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes UTF-8 text with Unix line ends; raises ResultsError if it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be written ({error.strerror}); choose another --results folder") from error
+    return path
+
+
+def markdown(table: pd.DataFrame, digits: int = 1) -> str:
+    """A Markdown table; floats with one digit behind the point, missing values as a dash."""
+    lines = ["| " + " | ".join(str(name) for name in table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(_cell(value, digits) for value in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object, digits: int) -> str:
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.{digits}f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value > 9999 else str(value)
+
+
+# Summary -------------------------------------------------------------------------------------------------------------
+
+
+def write_summary(results: Path, readme: Path) -> list[Path]:
+    """results/README.md with the claims table, and the generated blocks of README.md, from the committed records."""
+    found = {}
+    for name in PROFILES:
+        result = load_main_result(results / name, load_profile(name))
+        if result is not None:
+            found[name] = result
+    written = [write_text(results / "README.md", summary_text(found))]
+    text = readme.read_text(encoding="utf-8")
+    blocks = {"main-results": main_block(found)}
+    return [*written, write_text(readme, fill_blocks(text, blocks, readme))]
+
+
+def fill_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
+    """Replaces what stands between the markers; raises ResultsError if a block has no markers or no content."""
+    names = [match["name"] for match in BLOCK.finditer(text)]
+    if sorted(names) != sorted(blocks):
+        raise ResultsError(f"{where}: its generated blocks are {names}, wanted {sorted(blocks)}; mend the markers")
+    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", text)
+
+
+def main_block(found: Mapping[str, MainResult]) -> str:
+    """The main comparison of every profile that was run, one row each."""
+    rows = []
+    for name, result in found.items():
+        means = {model: 100 * _mean(record.map() for record in group) for model, group in result.runs.items()}
+        diff = result.comparison
+        rows.append(
+            {
+                "profile": name,
+                "test data": result.data["test"] + (" (subset)" if result.data["subset"] else ""),
+                "runs": len(result.records),
+                f"{BASELINE} mAP": means[BASELINE],
+                f"{METHOD} mAP": means[METHOD],
+                "difference (95 % interval)": interval_text(diff),
+                "finding": finding(diff),
+            }
+        )
+    return markdown(pd.DataFrame(rows)) if rows else "No committed records yet.\n"
+
+
+def interval_text(comparison: Mapping[str, Any]) -> str:
+    """'+1.3 (+0.4 to +2.2)' in points of mAP."""
+    numbers = [100 * comparison[key] for key in ("difference", "low", "high")]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)
+
+
+def summary_text(found: Mapping[str, MainResult]) -> str:
+    """results/README.md: what each folder holds, the claims table, and the published figures with their sources."""
+    out = io.StringIO()
+    out.write(
+        "# Results\n\n"
+        "Written by `make report` from the run records in this folder; do not edit by hand.\n\n"
+        "- `published/`: figures published by others, each row with its source; never mixed with ours\n"
+        "- `<profile>/runs/`: one JSON record a run; `comparisons/`: paired intervals\n"
+        "- `<profile>/tables/`, `<profile>/figures/`: drawn from those records\n"
+        "- `local/` (not committed): what `make reproduce` computes on your machine\n\n"
+        "All numbers are of the last epoch unless a table says best; the paper's release reports the best epoch on "
+        "the test set.\n\n## Our runs\n\n"
+    )
+    out.write(main_block(found))
+    out.write("\n## Claims of the paper\n\n")
+    out.write(markdown(claims_table(found)))
+    out.write(
+        "\n*Replicated at this scale*: the sign agrees and the 95 % paired interval excludes zero. Published figures "
+        "belong to the full data sets and the paper's recipe; only the profile `paper` can be held against them.\n"
+    )
+    return out.getvalue()
+
+
+def claims_table(found: Mapping[str, MainResult]) -> pd.DataFrame:
+    """Each claim: the published value and its source, ours under each profile that was run, and the verdict."""
+    rows = []
+    for claim in read_published("claims.csv").fillna("").itertuples():
+        ours, verdict = _measured(str(claim.measured_by), found)
+        if not ours and claim.source == "no source found":
+            verdict = "no source found; not run yet"
+        rows.append([claim.claim, claim.published or "-", claim.source, ours or "-", verdict])
+    for cell in read_published("map.csv").itertuples():
+        what = f"mAP of {cell.backbone} at {cell.image_size} px on {cell.dataset}"
+        rows.append([what, f"{cell.percent}", cell.source, "-", "needs the paper profile"])
+    for cell in read_published("coco2014_resnet101_448.csv").itertuples():
+        what = f"{cell.metric} ({cell.labels} labels) of resnet101 at 448 px on coco2014"
+        rows.append([what, f"{cell.percent}", cell.source, "-", "needs the paper profile"])
+    return pd.DataFrame(rows, columns=["claim", "published", "source", "ours", "verdict"])
+
+
+def _measured(measured_by: str, found: Mapping[str, MainResult]) -> tuple[str, str]:
+    if measured_by == "main":
+        ours = "; ".join(f"{name}: {interval_text(result.comparison)}" for name, result in found.items())
+        return ours, "; ".join(f"{name}: {_verdict(result.comparison)}" for name, result in found.items())
+    if measured_by == "parameters" and found:
+        costs = {record.content["cost"]["parameters_over_backbone"] for r in found.values() for record in r.records}
+        return f"{', '.join(f'{count:,}' for count in sorted(costs))} parameters over the backbone", "replicated"
+    return "", "needs the paper profile"
+
+
+def _verdict(comparison: Mapping[str, Any]) -> str:
+    return ("" if comparison["low"] > 0 else "not ") + "replicated at this scale"
+
+
+def compare_results(committed: Path, local: Path) -> pd.DataFrame:
+    """Committed records against those made here, matched by configuration: fused and global mAP, last epoch."""
+    ours = {record.config.model_dump_json(): record for record in read_records(local)}
+    theirs = {record.config.model_dump_json(): record for record in read_records(committed)}
+    rows = []
+    for key in dict.fromkeys([*theirs, *ours]):
+        for stream in ("fused", "global"):
+            then, here = theirs.get(key), ours.get(key)
+            rows.append(_compared((then or ours[key]).config.label, stream, then, here))
+    columns = ["run", "metric", "committed", "here", "difference", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _compared(label: str, stream: str, then: Record | None, here: Record | None) -> list[object]:
+    metric = f"mAP {stream}"
+    if then is None or here is None:
+        shown = [None if record is None else 100 * record.map(stream) for record in (then, here)]
+        return [label, metric, *shown, None, "only here" if then is None else "only committed"]
+    difference = here.map(stream) - then.map(stream)
+    close = "within tolerance" if abs(difference) <= TOLERANCE else "different"
+    verdict = "same" if difference == 0 else close
+    return [label, metric, 100 * then.map(stream), 100 * here.map(stream), 100 * difference, verdict]

@@ -1,0 +1,219 @@
+"""The numbered notebooks run headless, what they computed here beside what is committed, and how that is published.
+
+Notebooks ask for runs, whose records are found again, so each of these jobs may be killed and started again.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from mcar_lib.config import load_profile
+from mcar_lib.errors import ConfigError, MCARError, ResultsError
+from mcar_lib.experiment import arithmetic_fingerprint, is_current, project_root, read_json, read_records
+from mcar_lib.progress import format_seconds, say
+from mcar_lib.training import write_atomically
+
+SHOWN_IN_NOTEBOOKS = "mini"  # the profile of the committed notebooks
+GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
+GENERATED = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")
+
+
+def reproduce(
+    profile: str, only: Sequence[str], results: Path | None, data_root: Path | None, notebooks: Path | None = None
+) -> None:
+    """Runs the notebooks in order under a profile, then writes its tables and compares it with what is committed.
+
+    only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
+    A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
+    """
+    from mcar_lib.report import write_profile
+
+    root, chosen = project_root(), load_profile(profile)
+    results = (results or root / "results" / "local").resolve()
+    folder, committed = results / chosen.name, root / "results" / chosen.name
+    parameters = {
+        "profile": str(Path(profile).resolve()) if profile.endswith(".toml") else profile,
+        "results": str(results),
+        "data_root": str(data_root.expanduser().resolve()) if data_root else "",
+    }
+    selected = select_notebooks(notebooks or root / "notebooks", only)
+    made = _made(folder / "notebooks")
+    failed = [path.stem for path in selected if not _run(path, made / path.name, parameters, root)]
+    try:
+        if not write_profile(folder, chosen):
+            say(f"no tables yet: the runs in {folder} are not complete")
+        if folder != committed and (committed / "runs").is_dir():
+            compare(committed, folder)
+    except MCARError as error:
+        say(f"tables: {error}")
+        failed.append("tables")
+    if failed:
+        raise MCARError(f"failed: {', '.join(failed)}")
+
+
+def select_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
+    """The numbered notebooks of a folder in order, or those that `only` names ("02", "2" or "02_training")."""
+    found = sorted(folder.glob("[0-9]*_*.ipynb"))
+    names = {name: path for path in found for name in (path.stem, path.stem.split("_")[0])}
+    wanted = [name.strip().rjust(2, "0") for part in only or names for name in part.split(",")]
+    unknown = ", ".join(name for name in wanted if name not in names)
+    if unknown or not found:
+        there = ", ".join(path.stem for path in found) or "none"
+        raise ConfigError(f"no notebook {unknown or 'with a number'} in {folder}; there are: {there}")
+    return sorted({names[name] for name in wanted})
+
+
+def compare(committed: Path, folder: Path) -> None:
+    """Prints committed results beside those made here and keeps them as comparison.csv and comparison.md."""
+    from mcar_lib.report import compare_results, markdown
+
+    table = compare_results(committed, folder)
+    _write_text(folder / "comparison.csv", table.to_csv(index=False, float_format="%.4f"))
+    _write_text(folder / "comparison.md", markdown(table, digits=2))
+    Console(width=None if sys.stdout.isatty() else 160).print(Markdown(markdown(table, digits=2)))
+    say(", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items()))
+
+
+def publish(profile: str) -> None:
+    """Makes results/local/<profile> the committed results, rebuilds all that follows from them, and runs the notebooks
+    in place if they show this profile; those that fail are left as they were, and named in an MCARError at the end.
+
+    Records of other arithmetic than today's stay behind. Raises ResultsError when there is none to publish.
+    """
+    root, name = project_root(), load_profile(profile).name
+    local, target = root / "results" / "local" / name, root / "results" / name
+    today = {"arithmetic": arithmetic_fingerprint()}
+    records = {record.run_id: record.path for record in read_records(local) if is_current(record, today)}
+    if not records:
+        raise ResultsError(f"{local} has no current run records; first: mcar reproduce --profile {profile}")
+    comparisons = {path: read_json(path) for path in sorted((local / "comparisons").glob("*.json"))}
+    kept = [path for path, content in comparisons.items() if records.keys() >= {*content["a"], *content["b"]}]
+    _replace_folder(target / "runs", list(records.values()))
+    _replace_folder(target / "comparisons", kept)
+    say(f"{target}: {len(records)} runs, {len(kept)} comparisons")
+    rebuild(root)
+    shown = select_notebooks(root / "notebooks") if name == SHOWN_IN_NOTEBOOKS else []
+    failed = [path.stem for path in shown if not _run_in_place(path, root)]
+    if failed:
+        raise MCARError(f"failed, and left as they were: {', '.join(failed)}")
+
+
+def rebuild(root: Path) -> list[Path]:
+    """Writes all committed tables, figures and README blocks from the records, and removes those without any."""
+    from mcar_lib.report import write_profile, write_summary
+
+    if not (root / "README.md").exists():
+        raise ResultsError(f"{root / 'README.md'} is missing; its generated blocks cannot be filled")
+    written: list[Path] = []
+    for runs in sorted((root / "results").glob("*/runs")):  # local/<profile>/runs lies deeper
+        written += write_profile(runs.parent, load_profile(runs.parent.name))
+    written += write_summary(root / "results", root / "README.md")
+    for path in (*root.glob("results/*/tables/*"), *root.glob("results/*/figures/*")):
+        if path not in written:
+            path.unlink()
+    return written
+
+
+def drifted(root: Path) -> list[Path]:
+    """The generated files, relative to root, that differ from what the committed records give. Changes nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch)
+        shutil.copytree(root / "results", fresh / "results", ignore=shutil.ignore_patterns("local"))
+        if (root / "README.md").exists():
+            shutil.copy(root / "README.md", fresh)
+        rebuild(fresh)
+        found = {path.relative_to(top) for top in (root, fresh) for name in GENERATED for path in top.glob(name)}
+        return [name for name in sorted(found) if not _same_file(root / name, fresh / name)]
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    from PIL import Image, ImageChops, ImageStat
+
+    if not (a.exists() and b.exists() and a.suffix == ".png"):
+        return a.exists() and b.exists() and a.read_bytes() == b.read_bytes()
+    one, two = (Image.open(path).convert("RGB") for path in (a, b))
+    return one.size == two.size and max(ImageStat.Stat(ImageChops.difference(one, two)).mean) <= GREY_LEVELS
+
+
+def _run(notebook: Path, output: Path, parameters: Mapping[str, str], root: Path) -> bool:
+    """Runs a notebook and prints what it prints. Its output appears when whole; as *.failed.ipynb if it failed."""
+    import papermill
+
+    failed, partial = (output.with_name(f"{output.stem}.{state}.ipynb") for state in ("failed", "part"))
+    for earlier in (output, failed, partial):
+        earlier.unlink(missing_ok=True)
+    say(f"{notebook.stem}: running")
+    started = time.monotonic()
+    kernel = {"kernel_name": "python3", "kernel_manager_class": _kernel_of_this_python(), "cwd": root}
+    options = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr, "record_timing": False}
+    final, outcome = output, "done"
+    try:
+        papermill.execute_notebook(notebook, partial, dict(parameters), **kernel, **options)
+    except papermill.PapermillExecutionError as error:
+        final, outcome = failed, f"FAILED in cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+    except Exception as error:  # a dead kernel, a broken file: the other notebooks are run all the same
+        final, outcome = failed, f"FAILED: {type(error).__name__}: {error}"
+    if partial.exists():
+        partial.replace(final)
+    say(f"{notebook.stem}: {outcome} ({format_seconds(time.monotonic() - started)})")
+    return final == output
+
+
+def _run_in_place(notebook: Path, root: Path) -> bool:
+    """Runs a committed notebook with its own parameters; what changes from run to run is left out of the file."""
+    import nbformat
+
+    with tempfile.TemporaryDirectory() as scratch:
+        executed = Path(scratch) / notebook.name
+        if not _run(notebook, executed, {}, root):
+            return False
+        content = nbformat.read(executed, as_version=4)
+    content.metadata["language_info"] = {"name": "python"}
+    for part in (content, *content.cells):
+        for key in ("papermill", "execution", "widgets", *([] if part.metadata.get("tags") else ["tags"])):
+            part.metadata.pop(key, None)
+        for output in part.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    _write_text(notebook, nbformat.writes(content) + "\n")
+    return True
+
+
+def _kernel_of_this_python() -> type:
+    """A kernel manager to which python3 is sys.executable, whatever kernels are installed here, or none."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import Instance
+
+    class KernelOfThisPython(AsyncKernelManager):
+        kernel_spec_manager = Instance(KernelSpecManager, kw={"kernel_dirs": []})
+        transport_encryption = "auto"  # without it each kernel warns of what other users of the machine could read
+
+    return KernelOfThisPython
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def _replace_folder(target: Path, files: Sequence[Path]) -> None:
+    """Puts copies of files in place of a folder, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=_made(target.parent), prefix=".publish-") as scratch:
+        for path in files:
+            shutil.copy(path, _made(Path(scratch) / "new"))
+        if target.exists():
+            target.replace(Path(scratch) / "old")
+        _made(Path(scratch) / "new").replace(target)
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultsError(f"{folder} cannot be made ({error.strerror}); choose another --results folder") from error
+    return folder

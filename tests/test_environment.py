@@ -1,0 +1,78 @@
+"""The ways to install this agree with each other, pin everything, and name no place to install from."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = [Requirement(line) for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+# In two parts, so that this file does not name them.
+REGISTRY_HOSTS = ("pypi." + "org", "pythonhosted." + "org", "anaconda." + "org", "pytorch." + "org/whl")
+INSTALL_SOURCES = ("index" + "-url", "find" + "-links", "trusted" + "-host")
+
+
+def declared() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]]
+
+
+@pytest.mark.parametrize("wanted", declared(), ids=str)
+def test_a_declared_dependency_is_pinned_to_a_version_that_satisfies_it(wanted: Requirement) -> None:
+    pins = [pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
+    assert len(pins) == 1
+    assert pins[0].marker is None  # installed on every platform
+    assert wanted.specifier.contains(version(pins[0]))
+
+
+def test_each_lock_line_is_one_exact_version() -> None:
+    exact = re.compile(r"==[0-9][0-9a-zA-Z.!+]*")
+    assert [str(pin) for pin in PINS if pin.url or not exact.fullmatch(str(pin.specifier))] == []
+
+
+def test_the_lock_has_each_package_once() -> None:
+    names = [canonicalize_name(pin.name) for pin in PINS]
+    assert len(names) == len(set(names))
+
+
+def test_conda_installs_the_very_same_pins() -> None:
+    pip_section = next(entry["pip"] for entry in CONDA if isinstance(entry, dict))
+    assert "-r requirements.lock" in pip_section
+    assert [line for line in pip_section if not line.startswith("-")] == []
+    assert [entry for entry in CONDA if isinstance(entry, str) and entry != "pip"] == [f"python={conda_python()}"]
+
+
+def test_conda_python_is_one_that_the_project_supports() -> None:
+    assert SpecifierSet(PROJECT["requires-python"]).contains(conda_python())
+
+
+def test_no_tracked_file_names_a_registry() -> None:
+    """A reader's own pip configuration decides where packages come from."""
+    forbidden = re.compile("|".join(re.escape(word) for word in REGISTRY_HOSTS + INSTALL_SOURCES))
+    found = {name: forbidden.search(text) for name, text in tracked_texts().items()}
+    assert {name: match[0] for name, match in found.items() if match} == {}
+
+
+def version(pin: Requirement) -> str:
+    return next(iter(pin.specifier)).version
+
+
+def conda_python() -> str:
+    return next(entry.removeprefix("python=") for entry in CONDA if str(entry).startswith("python="))
+
+
+def tracked_texts() -> dict[str, str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    contents = {str(path.relative_to(ROOT)): path.read_bytes() for path in paths if path.is_file()}
+    return {name: content.decode(errors="ignore") for name, content in contents.items() if b"\0" not in content}

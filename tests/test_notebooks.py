@@ -1,0 +1,63 @@
+"""The notebooks: the committed ones follow from the committed records, and every cell of each runs under smoke."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mcar_lib.config import load_profile
+from mcar_lib.experiment import Workspace, main_grid, read_records
+from mcar_lib.reproduce import reproduce
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+def test_stored_outputs_follow_from_the_committed_records() -> None:
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=900", "-p", "no:cacheprovider", "-q"]
+    done = subprocess.run([*command, *map(str, NOTEBOOKS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@pytest.mark.slow
+def test_smoke_runs_every_notebook_and_a_second_time_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MCAR_ARTIFACTS", str(tmp_path / "artifacts"))
+    assert reproduce("smoke", results=tmp_path / "results") == []
+    records = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
+    written = {path: path.stat().st_mtime_ns for path in records}
+    assert len(written) == len([config for group in main_grid(load_profile("smoke")).values() for config in group])
+    assert (tmp_path / "results/smoke/tables/main_results.csv").exists()
+    assert (tmp_path / "results/smoke/figures/main_results.png").exists()
+
+    assert reproduce("smoke", results=tmp_path / "results") == []
+    again = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
+    assert {path: path.stat().st_mtime_ns for path in again} == written
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_cell_holds_literals_and_outputs_hold_no_path_of_a_machine(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for line in tagged[0].source.splitlines():
+        assert re.fullmatch(r'\w+ = "[^"]*"(  # .*)?', line), line
+    outputs = str([cell.get("outputs") for cell in notebook.cells])
+    assert not re.search(r"/(home|root|work|tmp|Users)/", outputs)
+    assert "Traceback" not in outputs
+    assert all(cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_committed_records_were_made_by_todays_arithmetic_data_and_weights() -> None:
+    workspace = Workspace("mini", verbose=False)
+    keys = workspace.keys(workspace.profile.run)
+    records = read_records(ROOT / "results/mini")
+    wanted = [config for group in main_grid(workspace.profile).values() for config in group]
+    assert [record for record in records if record.content["keys"] != keys] == []
+    assert all(any(record.config == config for record in records) for config in wanted)

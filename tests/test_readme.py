@@ -1,0 +1,47 @@
+"""What the README tells a newcomer to type exists, and what it shows as code runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.partition("#")[0].strip() for line in TEXT.splitlines() if re.match(r"(\.venv/bin/)?mcar ", line)]
+TARGETS = re.findall(r"^make (\w+)", TEXT, re.MULTILINE)
+
+
+def test_readme_has_commands() -> None:
+    assert COMMANDS
+    assert TARGETS
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS)))
+def test_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_knows_its_options(command: str) -> None:
+    words = command.split()[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "mcar_lib", words[0], "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in done.stdout
+
+
+def test_python_block_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict[str, object] = {"images": torch.zeros(2, 3, 64, 64)}
+    exec(block, names)
+    assert names["output"].scores.shape == (2, 20)  # type: ignore[attr-defined]
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
