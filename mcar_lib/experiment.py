@@ -35,7 +35,7 @@ from mcar_lib import backbones, metrics, model, recipe, regions
 from mcar_lib.backbones import Backbone, build_backbone, weights_fingerprint
 from mcar_lib.checkpoints import load_named
 from mcar_lib.config import Profile, RunConfig, load_profile, make_config
-from mcar_lib.data import ImageSet, load_image_set, prepare, transforms
+from mcar_lib.data import ImageSet, load_image_set, prepare, scenes_folder, transforms
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
 from mcar_lib.metrics import multilabel_metrics, paired_bootstrap
@@ -201,6 +201,9 @@ class Workspace:
         key = json.dumps([config.dataset, config.data_options], sort_keys=True)
         if key not in self._data:
             root = self._root_of(config)
+            if config.dataset == "scenes":
+                with Progress("drawing scenes", 1, enabled=self.verbose) as progress:
+                    scenes_folder(root, progress.update, **config.data_options)
             train = load_image_set(config.dataset, "train", root, **config.data_options)
             test = load_image_set(config.dataset, "test", root, **config.data_options)
             self._data[key] = Data(train, test, self._prepare(train), self._prepare(test))
@@ -408,7 +411,8 @@ def build_model(config: RunConfig, num_classes: int) -> tuple[MCAR, MeanStd]:
     torch.manual_seed(seed)  # weights "none" are drawn too
     built: Backbone = build_backbone(config.backbone, config.weights)
     torch.manual_seed(seed)  # the classifier's do not depend on how many numbers the backbone took
-    generator = torch.Generator() if config.selection == "random" else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where random regions will be drawn
+    generator = torch.Generator(device) if config.selection == "random" else None
     mcar = MCAR(
         built.features,
         built.num_features,

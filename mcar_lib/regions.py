@@ -32,7 +32,8 @@ def locate_intervals(marginals: Tensor, threshold: float | Tensor) -> Tensor:
     """The interval of each marginal that the released code would choose.
 
     marginals: (R, L) float, each scaled to [0, 1]; threshold: tau, a number or one for each row (R,).
-    Returns (R, 2) int64, [start, end) with 0 <= start < end <= L. A NaN counts as below everything.
+    Returns (R, 2) int64, [start, end) with 0 <= start < end <= L for every L above 8 (below, one may be empty). In a
+    row with a NaN the first segment wins.
     Raises ConfigError unless marginals is 2-D with L >= 2.
     Source: the release's interval rule, including its half-open ends: a run above tau that begins at z + 1 gives a
     segment that begins at z. Its length test aims at ceil(L / 8), yet leaves some intervals shorter; so does this.

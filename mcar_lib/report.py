@@ -25,6 +25,7 @@ from mcar_lib.experiment import (
     comparison_key,
     content_id,
     main_grid,
+    project_root,
     read_json,
     read_records,
 )
@@ -75,14 +76,15 @@ def load_main_result(folder: Path, profile: Profile) -> MainResult | None:
 
 
 def _find(records: Sequence[Record], config: RunConfig) -> Record | None:
-    for record in records:
-        if record.config == config:
-            if record.content["keys"]["arithmetic"] != arithmetic_fingerprint():
-                raise ResultsError(
-                    f"{record.path} was made by other arithmetic than today's; run it again: "
-                    f"mcar reproduce --profile {record.content['profile']}, then mcar publish"
-                )
+    of_run = [record for record in records if record.config == config]
+    for record in of_run:
+        if record.content["keys"]["arithmetic"] == arithmetic_fingerprint():
             return record
+    if of_run:
+        raise ResultsError(
+            f"{of_run[0].path} was made by other arithmetic than today's; run it again: "
+            f"mcar reproduce --profile {of_run[0].content['profile']}, then mcar publish"
+        )
     return None
 
 
@@ -206,11 +208,10 @@ def published_beside_ours(result: MainResult) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_published(name: str) -> pd.DataFrame:
-    """One of the tables of results/published, each row with its source."""
-    from mcar_lib.experiment import project_root
-
-    return pd.read_csv(project_root() / "results" / "published" / name)
+def read_published(name: str, text: bool = False) -> pd.DataFrame:
+    """One of the tables of results/published, each row with its source; text: every column as strings, none missing."""
+    path = project_root() / "results" / "published" / name
+    return pd.read_csv(path, dtype=str, keep_default_na=False) if text else pd.read_csv(path)
 
 
 def _mean(values: Any) -> float:
@@ -356,7 +357,7 @@ def summary_text(found: Mapping[str, MainResult]) -> str:
 def claims_table(found: Mapping[str, MainResult]) -> pd.DataFrame:
     """Each claim: the published value and its source, ours under each profile that was run, and the verdict."""
     rows = []
-    for claim in read_published("claims.csv").fillna("").itertuples():
+    for claim in read_published("claims.csv", text=True).itertuples():
         ours, verdict = _measured(str(claim.measured_by), found)
         if not ours and claim.source == "no source found":
             verdict = "no source found; not run yet"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from mcar_lib.checkpoints import load_named
 from mcar_lib.data.transforms import ResizedImages
-from mcar_lib.errors import CheckpointError
+from mcar_lib.errors import CheckpointError, ConfigError
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, format_seconds, say
@@ -90,6 +90,7 @@ def fit(
     dataset, order = TrainingImages(train, recipe), EpochOrder(len(train), recipe.seed)
     loader = DataLoader(dataset, recipe.batch_size, sampler=order, num_workers=workers)
     optimizer = build_optimizer(model, recipe)
+    _check_warmup(recipe, len(loader))
     schedule = build_schedule(optimizer, recipe, len(loader))
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -167,6 +168,15 @@ def _batches(images: ResizedImages) -> Iterator[Tensor]:
     for first in range(0, len(images), EVALUATION_BATCH):
         last = min(first + EVALUATION_BATCH, len(images))
         yield torch.stack([images[index] for index in range(first, last)])
+
+
+def _check_warmup(recipe: Recipe, steps_per_epoch: int) -> None:
+    steps = recipe.epochs * steps_per_epoch
+    if recipe.schedule == "onecycle" and not 1 < recipe.warmup * steps < steps - 1:
+        raise ConfigError(
+            f"a one-cycle schedule with warmup {recipe.warmup:g} does not fit into {steps} steps; "
+            "train longer, use a smaller batch_size, or choose schedule step"
+        )
 
 
 def _accelerator(precision: str) -> Accelerator:

@@ -56,10 +56,11 @@ def load_image_set(name: str, split: str, root: Path | str, **options: object) -
     return load(root, split, options)
 
 
-def scenes_folder(root: Path | str, **options: object) -> Path:
+def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None = None, **options: object) -> Path:
     """The folder below root of the composed scenes with these options; they are written first if need be.
 
-    options: num_train, num_test, side, seed (see ScenesConfig). Raises DataError when root cannot be written.
+    options: num_train, num_test, side, seed (see ScenesConfig). progress is called with (images done, images in all).
+    Raises DataError when root cannot be written.
     """
     from mcar_lib.data.scenes import SCENES_VERSION, ScenesConfig, write_scenes
 
@@ -69,14 +70,14 @@ def scenes_folder(root: Path | str, **options: object) -> Path:
     # The tree gets its name when it is complete; looking first lets a filled data root be read-only.
     if not (folder / "VOCdevkit").is_dir():
         try:
-            write_scenes(folder, config)
+            write_scenes(folder, config, progress)
         except OSError as error:
             raise DataError(f"{folder}: cannot write scenes here ({error}); use another --data-root") from error
     return folder
 
 
 def _load_scenes(root: Path, split: str, options: Mapping[str, object]) -> ImageSet:
-    folder = scenes_folder(root, **options)
+    folder = scenes_folder(root, None, **options)
     return load_voc(folder, "2007", VOC_SPLITS[split], name="scenes", official_size=None)
 
 
