@@ -330,6 +330,7 @@ class Workspace:
             return StreamScores(*(torch.from_numpy(stored[f"{epoch}_{name}"]) for name in STREAMS[:2]))
 
     def _outcome(self, config: RunConfig) -> Path:
+        self.run(config)
         folder = self.artifacts / "runs" / run_id_of(config, self.keys(config))
         if not (folder / "scores.npz").exists():
             if self.verbose:
