@@ -1,5 +1,6 @@
 """Figures: each function draws from images, tensors or run records and returns the matplotlib figure."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.0, height: float = 
     made, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
     made.set_layout_engine("constrained")
     return made, axes.ravel()
+
+
+def wrapped(title: str, width: int) -> str:
+    """A title broken into lines of at most so many characters."""
+    return "\n".join(textwrap.wrap(title, width))
 
 
 def save(made: Figure, path: Path) -> Path:
@@ -94,6 +100,7 @@ def cooccurrence(matrix: pd.DataFrame) -> Figure:
     made, (ax,) = figure(width=8, height=6.6)
     sns.heatmap(100 * matrix, ax=ax, cmap="viridis", vmin=0, vmax=60, square=True, cbar_kws={"label": "percent"})
     ax.set(xlabel="is there too", ylabel="where this class is")
+    ax.grid(False)
     return made
 
 
@@ -178,7 +185,8 @@ def main_results(runs: pd.DataFrame, title: str) -> Figure:
         ax.plot(values.mean(), place, "|", color="black", markersize=26, markeredgewidth=2)
         ax.annotate(f"{values.mean():.1f}", (values.mean(), place), (0, 18), textcoords="offset points", ha="center")
     ax.set_yticks(range(len(models)), models)
-    ax.set(ylim=(len(models) - 0.5, -0.6), xlabel="test mAP (%): a dot a seed, a line their mean", title=title)
+    ax.set(ylim=(len(models) - 0.5, -0.6), xlabel="test mAP (%): a dot a seed, a line their mean")
+    ax.set_title(wrapped(title, 60), fontsize=11)
     return made
 
 
@@ -192,6 +200,7 @@ def per_class(table: pd.DataFrame, title: str) -> Figure:
     ax.plot(ordered[first], places, "o", color=GLOBAL, label=first)
     ax.plot(ordered[second], places, "D", color=FUSED, label=second)
     ax.set_yticks(places, [str(name) for name in ordered.index])
-    ax.set(xlabel="AP (%), mean over seeds", title=title)
+    ax.set_xlabel("AP (%), mean over seeds")
+    ax.set_title(wrapped(title, 75), fontsize=11)
     ax.legend()
     return made

@@ -178,6 +178,8 @@ def _run_in_place(notebook: Path, root: Path) -> bool:
     for part in (content, *content.cells):
         for key in ("papermill", "execution", "widgets", *([] if part.metadata.get("tags") else ["tags"])):
             part.metadata.pop(key, None)
+        if "outputs" in part:  # a finished progress line leaves an empty output
+            part.outputs = [output for output in part.outputs if output.get("data") != {"text/plain": ""}]
         for output in part.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     _write_text(notebook, nbformat.writes(content) + "\n")
