@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -172,10 +173,10 @@ def _batches(images: ResizedImages) -> Iterator[Tensor]:
 
 def _check_warmup(recipe: Recipe, steps_per_epoch: int) -> None:
     steps = recipe.epochs * steps_per_epoch
-    if recipe.schedule == "onecycle" and not 1 < recipe.warmup * steps < steps - 1:
+    if recipe.schedule == "onecycle" and math.isclose(recipe.warmup * steps, 1):  # torch would divide by zero
         raise ConfigError(
-            f"a one-cycle schedule with warmup {recipe.warmup:g} does not fit into {steps} steps; "
-            "train longer, use a smaller batch_size, or choose schedule step"
+            f"warmup {recipe.warmup:g} of {steps} steps is a single step, which a one-cycle schedule cannot have; "
+            "change warmup, epochs or batch_size"
         )
 
 

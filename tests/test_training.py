@@ -20,7 +20,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from mcar_lib import training
 from mcar_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ResizedImages, normalise
-from mcar_lib.errors import CheckpointError, TrainingError
+from mcar_lib.errors import CheckpointError, ConfigError, TrainingError
+from mcar_lib.experiment import Workspace
 from mcar_lib.model import MCAR
 from mcar_lib.recipe import (
     EpochOrder,
@@ -639,3 +640,10 @@ def test_the_order_of_an_epoch_repeats() -> None:
 @pytest.mark.parametrize("other", [(3, 1), (4, 2)], ids=["epoch", "seed"])
 def test_the_order_changes_with_epoch_and_seed(other: tuple[int, int]) -> None:
     assert order_of(3, 2) != order_of(*other)
+
+
+def test_a_warm_up_of_exactly_one_step_is_refused(workspace: Workspace) -> None:
+    images = len(workspace.data(workspace.profile.run).train)
+    config = workspace.profile.run.vary(schedule="onecycle", warmup=0.2, epochs=1, batch_size=-(-images // 5))
+    with pytest.raises(ConfigError, match="single step"):
+        workspace.run(config)
