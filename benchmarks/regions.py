@@ -108,7 +108,7 @@ def report() -> str:
         ("maps to boxes, loop over the chosen classes", kind_loop, f"{kind_loop / module:.1f} x slower"),
         ("maps to boxes, loop over every class", class_loop, f"{class_loop / module:.1f} x slower"),
         ("whole region step (boxes, crops, resize)", whole, f"{100 * whole / forward:.1f} % of the next row"),
-        (f"MobileNet-v2 forward over the {BATCH * REGIONS} crops", forward, ""),
+        (f"MobileNet-v2 forward over the {BATCH * REGIONS} crops", forward, "-"),
     ]
     lines = ["| what | median seconds | against |", "| --- | --- | --- |"]
     lines += [f"| {what} | {seconds:.4f} | {against} |" for what, seconds, against in rows]
