@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from real_photos import real_voc2007
 
 from mcar_lib.config import load_profile
 from mcar_lib.experiment import Workspace, main_grid, read_records
@@ -54,10 +55,12 @@ def test_parameters_cell_holds_literals_and_outputs_hold_no_path_of_a_machine(pa
     assert all(cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code")
 
 
-def test_committed_records_were_made_by_todays_arithmetic_data_and_weights() -> None:
-    workspace = Workspace("mini", verbose=False)
+@pytest.mark.parametrize("profile", sorted(path.parent.name for path in (ROOT / "results").glob("*/runs")))
+def test_committed_records_were_made_by_todays_arithmetic_data_and_weights(profile: str) -> None:
+    data_root = real_voc2007() if profile == "photos" else None
+    workspace = Workspace(profile, data_root=data_root, verbose=False)
     keys = workspace.keys(workspace.profile.run)
-    records = read_records(ROOT / "results/mini")
+    records = read_records(ROOT / "results" / profile)
     wanted = [config for group in main_grid(workspace.profile).values() for config in group]
-    assert [record for record in records if record.content["keys"] != keys] == []
+    assert [record.path.name for record in records if record.content["keys"] != keys] == []
     assert all(any(record.config == config for record in records) for config in wanted)
