@@ -5,18 +5,13 @@
 Prints a Markdown table; --write also stores the printed text. Takes about a minute.
 """
 
-import argparse
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import sklearn
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+from timing import machine, median_seconds, print_report
 
 from mcar_lib.metrics import multilabel_metrics, paired_bootstrap
 
@@ -53,22 +48,6 @@ def sklearn_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]
     }
 
 
-def median_seconds(job: Callable[[], object], runs: int) -> float:
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        job()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def report() -> str:
     scores, targets = random_case(**COCO)
     score_array, target_array = scores.numpy(), targets.numpy()
@@ -95,8 +74,6 @@ def report() -> str:
     timed = [(what, median_seconds(job, runs), runs) for what, job, runs in jobs]
     rows = [f"| {what} | {seconds:.3f} | {runs} |" for what, seconds, runs in timed]
     verdict = "met" if timed[0][1] < REQUIRED_SECONDS else "MISSED"
-    modules = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, np, sklearn))
-    versions = f"Python {platform.python_version()}, {modules}"
     return "\n".join(
         [
             "| what | seconds (median) | runs |",
@@ -106,21 +83,11 @@ def report() -> str:
             f"First row: required < {REQUIRED_SECONDS:g} s: {verdict}.",
             f"Largest difference from scikit-learn in mAP, CP, CR, OP, OR, OF1: {largest_gap:.1e} "
             + "(some float32 scores tie: ranked by image index here, as one group there).",
-            f"{processor()}, {os.cpu_count()} cores, 1 thread used; {versions}.",
+            f"{machine()} scikit-learn {sklearn.__version__}.",
         ]
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="also store the printed text here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    text = report()
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    print_report(__doc__, report)

@@ -7,18 +7,12 @@ at a time: every map upsampled, marginals and intervals of the chosen classes by
 second loop is kinder: it never touches a class that was not chosen. Takes about two minutes.
 """
 
-import argparse
 import itertools
 import math
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import machine, median_seconds, print_report
 from torch import Tensor
 
 from mcar_lib.model import build_mcar
@@ -72,16 +66,6 @@ def loop_boxes(class_logits: Tensor, scores: Tensor, all_maps: bool) -> Tensor:
     return torch.tensor(boxes).view(len(scores), REGIONS, 4)
 
 
-def median_seconds(job: Callable[[], object], runs: int) -> float:
-    job()  # the first call pays for memory and primitives
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        job()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 @torch.no_grad()
 def report() -> str:
     keep_freed_memory()
@@ -112,21 +96,8 @@ def report() -> str:
     ]
     lines = ["| what | median seconds | against |", "| --- | --- | --- |"]
     lines += [f"| {what} | {seconds:.4f} | {against} |" for what, seconds, against in rows]
-    return "\n".join([*lines, "", machine()]) + "\n"
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return "\n".join([*lines, "", machine()])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="also store the printed text in this file")
-    arguments = parser.parse_args()
-    text = report()
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    print_report(__doc__, report)
