@@ -314,7 +314,7 @@ def main_block(found: Mapping[str, MainResult]) -> str:
         rows.append(
             {
                 "profile": name,
-                "test data": result.data["test"] + (" (subset)" if result.data["subset"] else ""),
+                "test data": result.data["test"],
                 "runs": len(result.records),
                 f"{BASELINE} mAP": means[BASELINE],
                 f"{METHOD} mAP": means[METHOD],
