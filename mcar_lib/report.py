@@ -29,6 +29,7 @@ from mcar_lib.experiment import (
     read_json,
     read_records,
 )
+from mcar_lib.training import write_atomically
 
 PROFILES = ("mini", "photos", "paper")  # those whose numbers mean something, in the order they are shown
 # A rerun elsewhere may differ in the last bit of every sum; training makes up to this much of it in mAP.
@@ -256,10 +257,10 @@ def figures(result: MainResult) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text with Unix line ends; raises ResultsError if it cannot."""
+    """Writes UTF-8 text with Unix line ends, whole or not at all; raises ResultsError if it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
     except OSError as error:
         raise ResultsError(f"{path} cannot be written ({error.strerror}); choose another --results folder") from error
     return path

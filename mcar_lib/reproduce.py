@@ -17,7 +17,6 @@ from mcar_lib.config import load_profile
 from mcar_lib.errors import ConfigError, MCARError, ResultsError
 from mcar_lib.experiment import arithmetic_fingerprint, is_current, project_root, read_json, read_records
 from mcar_lib.progress import format_seconds, say
-from mcar_lib.training import write_atomically
 
 SHOWN_IN_NOTEBOOKS = "mini"  # the profile of the committed notebooks
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
@@ -71,11 +70,11 @@ def select_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
 
 def compare(committed: Path, folder: Path) -> None:
     """Prints committed results beside those made here and keeps them as comparison.csv and comparison.md."""
-    from mcar_lib.report import compare_results, markdown
+    from mcar_lib.report import compare_results, markdown, write_text
 
     table = compare_results(committed, folder)
-    _write_text(folder / "comparison.csv", table.to_csv(index=False, float_format="%.4f"))
-    _write_text(folder / "comparison.md", markdown(table, digits=2))
+    write_text(folder / "comparison.csv", table.to_csv(index=False, float_format="%.4f"))
+    write_text(folder / "comparison.md", markdown(table, digits=2))
     Console(width=None if sys.stdout.isatty() else 160).print(Markdown(markdown(table, digits=2)))
     say(", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items()))
 
@@ -169,6 +168,8 @@ def _run_in_place(notebook: Path, root: Path) -> bool:
     """Runs a committed notebook with its own parameters; what changes from run to run is left out of the file."""
     import nbformat
 
+    from mcar_lib.report import write_text
+
     with tempfile.TemporaryDirectory() as scratch:
         executed = Path(scratch) / notebook.name
         if not _run(notebook, executed, {}, root):
@@ -182,7 +183,7 @@ def _run_in_place(notebook: Path, root: Path) -> bool:
             part.outputs = [output for output in part.outputs if output.get("data") != {"text/plain": ""}]
         for output in part.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    _write_text(notebook, nbformat.writes(content) + "\n")
+    write_text(notebook, nbformat.writes(content) + "\n")
     return True
 
 
@@ -197,10 +198,6 @@ def _kernel_of_this_python() -> type:
         transport_encryption = "auto"  # without it each kernel warns of what other users of the machine could read
 
     return KernelOfThisPython
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def _replace_folder(target: Path, files: Sequence[Path]) -> None:
