@@ -412,8 +412,7 @@ def build_model(config: RunConfig, num_classes: int) -> tuple[MCAR, MeanStd]:
     torch.manual_seed(seed)  # weights "none" are drawn too
     built: Backbone = build_backbone(config.backbone, config.weights)
     torch.manual_seed(seed)  # the classifier's do not depend on how many numbers the backbone took
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where random regions will be drawn
-    generator = torch.Generator(device) if config.selection == "random" else None
+    generator = torch.Generator() if config.selection == "random" else None
     mcar = MCAR(
         built.features,
         built.num_features,

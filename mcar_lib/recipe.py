@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from mcar_lib.data.transforms import ResizedImages, augment, normalise, sample_generator
 from mcar_lib.errors import TrainingError
-from mcar_lib.model import MCAR, mcar_loss
+from mcar_lib.model import MCAR, Output, mcar_loss
 
 Positive = Annotated[float, Field(gt=0)]
 MeanStd = tuple[Sequence[float], Sequence[float]]
@@ -27,7 +27,9 @@ class Recipe(BaseModel):
     """How a model is trained; the defaults are the release's. Unknown keys and wrong types are errors.
 
     learning_rate is the 1x1 convolution's (the peak of a one-cycle schedule), backbone_factor times it the backbone's.
-    milestones (epochs) and gamma belong to schedule "step", warmup (fraction of all steps) to "onecycle".
+    milestones (epochs) and gamma belong to schedule "step"; warmup (fraction of all steps) and cycle_momentum (between
+    0.95 and 0.85, against the learning rate, as torch's OneCycleLR does) to "onecycle". statistics_batch: how many
+    images, with their crops, share batch statistics; 0 is the whole batch, the release's four GPUs had 4 each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -42,6 +44,8 @@ class Recipe(BaseModel):
     milestones: tuple[int, ...] = (30, 50)
     gamma: Positive = 0.1
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    cycle_momentum: bool = False
+    statistics_batch: Annotated[int, Field(ge=0)] = 0
     flip: bool = True
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -77,7 +81,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
         return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in recipe.milestones], recipe.gamma)
     peaks = [group["lr"] for group in optimizer.param_groups]
     total = recipe.epochs * steps_per_epoch
-    return OneCycleLR(optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=False)
+    return OneCycleLR(
+        optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=recipe.cycle_momentum
+    )
 
 
 class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
@@ -130,12 +136,24 @@ class StepLoss(NamedTuple):
     local_loss: float
 
 
-def training_step(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, StepLoss]:
+def forward_in_groups(model: nn.Module, images: Tensor, size: int) -> Output:
+    """The model's output for a batch, each group of `size` images on its own batch statistics; 0 is one group."""
+    if not 0 < size < len(images):
+        output: Output = model(images)
+        return output
+    outputs = [model(group) for group in images.split(size)]
+    local_logits = None if outputs[0].local_logits is None else torch.cat([output.local_logits for output in outputs])
+    return Output(torch.cat([output.global_logits for output in outputs]), local_logits, None)
+
+
+def training_step(
+    model: nn.Module, images: Tensor, targets: Tensor, statistics_batch: int = 0
+) -> tuple[Tensor, StepLoss]:
     """Forward pass and loss of one batch; returns the loss to differentiate and its two parts as numbers.
 
     Raises TrainingError when the loss is NaN or infinite.
     """
-    global_loss, local_loss = mcar_loss(model(images), targets)
+    global_loss, local_loss = mcar_loss(forward_in_groups(model, images, statistics_batch), targets)
     loss = global_loss if local_loss is None else global_loss + local_loss
     parts = StepLoss(global_loss.item(), 0.0 if local_loss is None else local_loss.item())
     if not torch.isfinite(loss):

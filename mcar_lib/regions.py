@@ -94,7 +94,9 @@ def select_classes(
     if not 1 <= num_regions <= num_classes:
         raise ConfigError(f"num_regions is {num_regions}; it must lie in 1 .. {num_classes}, the number of classes")
     if selection == "random":
-        scores = torch.rand(scores.shape, generator=generator, device=scores.device)
+        # Drawn where the generator lives, so that a seed means the same classes on a CPU and on a GPU.
+        drawn_on = scores.device if generator is None else generator.device
+        scores = torch.rand(scores.shape, generator=generator, device=drawn_on).to(scores.device)
     elif selection not in ("top", "bottom"):
         raise ConfigError(f"selection is {selection!r}; choose one of top, bottom, random")
     order = torch.argsort(scores, dim=1, descending=selection != "bottom", stable=True)

@@ -104,7 +104,8 @@ def fit(
         sums, count = torch.zeros(2, dtype=torch.float64), 0
         with Progress(f"epoch {epoch + 1}/{recipe.epochs}", len(train), enabled=verbose) as progress:
             for images, targets in loader:
-                loss, parts = training_step(wrapped, network_input(images, accelerator.device, mean_std), targets)
+                x = network_input(images, accelerator.device, mean_std)
+                loss, parts = training_step(wrapped, x, targets, recipe.statistics_batch)
                 optimizer.zero_grad(set_to_none=True)
                 accelerator.backward(loss)
                 optimizer.step()
