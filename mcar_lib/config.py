@@ -74,7 +74,11 @@ class RunConfig(Recipe):
 
 
 class Profile(BaseModel):
-    """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples."""
+    """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples.
+
+    threads: of one run on a CPU, 0 for all. Sums depend on it in their last bits, so it is part of the profile, not of
+    the machine; cores that one run leaves free train others of the same grid.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -82,6 +86,7 @@ class Profile(BaseModel):
     title: str
     seeds: tuple[int, ...]
     bootstrap_resamples: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=0)] = 0
     run: RunConfig
 
 

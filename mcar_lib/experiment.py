@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -96,7 +96,7 @@ class Record:
     def run_id(self) -> str:
         return str(self.content["run_id"])
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
         try:
             return make_config(self.content["config"])
@@ -118,12 +118,15 @@ class Record:
 
 def read_records(folder: Path) -> list[Record]:
     """All run records under a profile's results, in name order. Raises ResultsError on a file that is no record."""
-    records = []
-    for path in sorted((folder / "runs").glob("*.json")):
-        records.append(Record(path, read_json(path)))
-        if records[-1].content.get("format") != RECORD_FORMAT:
-            raise ResultsError(f"{path}: not a run record of format {RECORD_FORMAT}; move it away")
-    return records
+    return [_read_record(path, path.stat().st_mtime_ns) for path in sorted((folder / "runs").glob("*.json"))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_record(path: Path, changed_ns: int) -> Record:
+    record = Record(path, read_json(path))
+    if record.content.get("format") != RECORD_FORMAT:
+        raise ResultsError(f"{path}: not a run record of format {RECORD_FORMAT}; move it away")
+    return record
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -295,7 +298,7 @@ class Workspace:
                 },
                 "history": [asdict(result) for result in state.history],
                 "cost": _cost(trained, config, state, time.monotonic() - started),
-                "environment": describe_environment(),
+                "environment": describe_environment(self.profile.threads),
             }
             path = self.local_folder / "runs" / f"{config.label}-{run_id}.json"
             write_json(path, content)
@@ -310,7 +313,8 @@ class Workspace:
             )
         mcar, mean_std = build_model(config, len(data.train.classes))
         train, test = self.resized(data.train, config.image_size), self.resized(data.test, config.image_size)
-        state = fit(mcar, train, test, config, mean_std, folder, verbose=self.verbose)
+        with _threads(self.profile.threads):
+            state = fit(mcar, train, test, config, mean_std, folder, verbose=self.verbose)
         assert state.last is not None
         assert state.best is not None
         _save_outcome(folder, mcar, state)
@@ -427,6 +431,17 @@ def build_model(config: RunConfig, num_classes: int) -> tuple[MCAR, MeanStd]:
     return mcar, (built.mean, built.std)
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """That many CPU threads for a while; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _check_writable(folder: Path) -> None:
     """Fails before an hour of training, not after it."""
     try:
@@ -522,15 +537,15 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe_environment() -> dict[str, Any]:
-    """The machine, the versions and the commit of a run, for its record."""
+def describe_environment(threads: int = 0) -> dict[str, Any]:
+    """The machine, the versions and the commit of a run, for its record; threads: of the run, 0 for torch's own."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "pillow", "mcar-lib")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
         "device": device,
         "processor": _processor_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

@@ -56,8 +56,8 @@ class MainResult:
 
     @property
     def title(self) -> str:
-        subset = "; subset, not comparable with the published figures" if self.data["subset"] else ""
-        return f"{self.profile.title}: {self.data['test']}{subset}"
+        caution = ", not comparable with the published figures" if self.data["subset"] else ""  # it names the subset
+        return f"{self.profile.title}: {self.data['test']}{caution}"
 
 
 def load_main_result(folder: Path, profile: Profile) -> MainResult | None:

@@ -3,6 +3,7 @@
 Notebooks ask for runs, whose records are found again, so each of these jobs may be killed and started again.
 """
 
+import hashlib
 import shutil
 import sys
 import tempfile
@@ -15,21 +16,33 @@ from rich.markdown import Markdown
 
 from mcar_lib.config import load_profile
 from mcar_lib.errors import ConfigError, MCARError, ResultsError
-from mcar_lib.experiment import arithmetic_fingerprint, is_current, project_root, read_json, read_records
+from mcar_lib.experiment import (
+    Workspace,
+    arithmetic_fingerprint,
+    is_current,
+    main_grid,
+    project_root,
+    read_json,
+    read_records,
+)
+from mcar_lib.grid import run_grid
 from mcar_lib.progress import format_seconds, say
+from mcar_lib.training import write_atomically
 
 SHOWN_IN_NOTEBOOKS = "mini"  # the profile of the committed notebooks
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
+INPUTS = "mcar_inputs"  # metadata of an executed notebook
 GENERATED = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")
 
 
 def reproduce(
     profile: str, only: Sequence[str], results: Path | None, data_root: Path | None, notebooks: Path | None = None
 ) -> None:
-    """Runs the notebooks in order under a profile, then writes its tables and compares it with what is committed.
+    """Trains what the notebooks of a profile ask for, runs them in order, writes its tables and compares them.
 
     only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
     A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
+    One that ran here before, on the same code, parameters and run records, is not run again.
     """
     from mcar_lib.report import write_profile
 
@@ -43,7 +56,8 @@ def reproduce(
     }
     selected = select_notebooks(notebooks or root / "notebooks", only)
     made = _made(folder / "notebooks")
-    failed = [path.stem for path in selected if not _run(path, made / path.name, parameters, root)]
+    _train_for(selected, Workspace(chosen, results, data_root))
+    failed = [path.stem for path in selected if not _run_once(path, made / path.name, parameters, root, folder)]
     try:
         if not write_profile(folder, chosen):
             say(f"no tables yet: the runs in {folder} are not complete")
@@ -138,6 +152,40 @@ def _same_file(a: Path, b: Path) -> bool:
         return a.exists() and b.exists() and a.read_bytes() == b.read_bytes()
     one, two = (Image.open(path).convert("RGB") for path in (a, b))
     return one.size == two.size and max(ImageStat.Stat(ImageChops.difference(one, two)).mean) <= GREY_LEVELS
+
+
+def _train_for(notebooks: Sequence[Path], workspace: Workspace) -> None:
+    """Trains side by side what the notebooks will ask for. What goes wrong here they will meet, and tell, too."""
+    wanted = [config for group in main_grid(workspace.profile).values() for config in group]
+    try:
+        run_grid(workspace, wanted if any(path.stem[:2] > "01" for path in notebooks) else [])
+    except MCARError as error:
+        say(f"training: {error}")
+
+
+def _run_once(notebook: Path, output: Path, parameters: Mapping[str, str], root: Path, folder: Path) -> bool:
+    """Runs a notebook unless its output is here already and was made from the same inputs."""
+    import nbformat
+
+    if output.exists() and nbformat.read(output, as_version=4).metadata.get(INPUTS) == _inputs(notebook, folder):
+        say(f"{notebook.stem}: was run before, nothing has changed")
+        return True
+    if not _run(notebook, output, parameters, root):
+        return False
+    content = nbformat.read(output, as_version=4)
+    content.metadata[INPUTS] = _inputs(notebook, folder)
+    write_atomically(output, lambda partial: nbformat.write(content, partial))
+    return True
+
+
+def _inputs(notebook: Path, folder: Path) -> str:
+    """A hash of what a notebook's output follows from: its cells, this library, and the profile's run records."""
+    library = Path(__file__).parent
+    sources = (path for kind in ("*.py", "*.toml") for path in library.rglob(kind))
+    digest = hashlib.sha256()
+    for path in sorted([notebook, *sources, *folder.glob("runs/*.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _run(notebook: Path, output: Path, parameters: Mapping[str, str], root: Path) -> bool:

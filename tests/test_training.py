@@ -106,8 +106,8 @@ def test_history_loss_is_the_mean_over_images_not_over_batches(
 ) -> None:
     parts: list[tuple[StepLoss, int]] = []
 
-    def note(model: MCAR, images: Tensor, targets: Tensor) -> tuple[Tensor, StepLoss]:
-        loss, part = step(model, images, targets)
+    def note(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
+        loss, part = step(model, images, targets, *group)
         parts.append((part, len(images)))
         return loss, part
 
@@ -213,9 +213,9 @@ def seen_images(train: Train, folder: Path, recipe: Recipe) -> list[Tensor]:
     batches: list[Tensor] = []
     step = training.training_step
 
-    def note(model: MCAR, images: Tensor, targets: Tensor) -> tuple[Tensor, StepLoss]:
+    def note(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
         batches.append(images.clone())
-        return step(model, images, targets)
+        return step(model, images, targets, *group)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "training_step", note)
@@ -472,10 +472,10 @@ def break_weights_at(monkeypatch: pytest.MonkeyPatch, call: int, value: float) -
     calls = itertools.count(1)
     step = training.training_step
 
-    def broken(model: MCAR, images: Tensor, targets: Tensor) -> tuple[Tensor, StepLoss]:
+    def broken(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
         if next(calls) == call:
             model.convclass.bias.data.fill_(value)
-        return step(model, images, targets)
+        return step(model, images, targets, *group)
 
     monkeypatch.setattr(training, "training_step", broken)
 
