@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mcar_lib import backbones
 from mcar_lib.data import DATA_SETS
@@ -73,6 +73,24 @@ class RunConfig(Recipe):
         return "-".join([*parts, f"s{self.seed}"])
 
 
+AxisName = Literal["pooling", "image_size", "backbone", "num_regions", "selection", "threshold"]
+Value = int | float | str | bool
+
+
+class Axis(BaseModel):
+    """One axis of the ablations: its values, the seeds of its runs, and what it changes in [run] to stay in its budget.
+
+    tested_only: the values are tried in the test of one model, none is trained with.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    values: Annotated[tuple[Value, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    change: dict[str, Value] = Field(default_factory=dict)
+    tested_only: bool = False
+
+
 class Profile(BaseModel):
     """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples.
 
@@ -88,6 +106,21 @@ class Profile(BaseModel):
     bootstrap_resamples: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=0)] = 0
     run: RunConfig
+    ablations: dict[AxisName, Axis] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _axes_are_runs(self) -> "Profile":
+        """Every run of an axis is one that can be, and the run that the others are held against is among them."""
+        for name, axis in self.ablations.items():
+            try:
+                base = self.run.vary(**axis.change)
+                for value in axis.values:
+                    base.vary(**{name: value})
+            except ConfigError as error:
+                raise ValueError(f"ablations.{name}: {error}") from error
+            if getattr(base, name) not in axis.values:
+                raise ValueError(f"ablations.{name}: {getattr(base, name)!r}, the run's own value, is not among them")
+        return self
 
 
 def make_config(values: Mapping[str, object]) -> RunConfig:

@@ -11,17 +11,11 @@ import hashlib
 import json
 import math
 import os
-import platform
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +32,12 @@ from mcar_lib.config import Profile, RunConfig, load_profile, make_config
 from mcar_lib.data import ImageSet, load_image_set, prepare, scenes_folder, transforms
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
-from mcar_lib.metrics import multilabel_metrics, paired_bootstrap
+from mcar_lib.machine import describe_environment, peak_memory
+from mcar_lib.metrics import bootstrap_interval, multilabel_metrics, paired_bootstrap
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, say
 from mcar_lib.recipe import INITIALISATION, MeanStd, StreamScores, sample_generator
-from mcar_lib.training import Fit, fit, write_atomically
+from mcar_lib.training import Fit, evaluate, fit, write_atomically
 
 RECORD_FORMAT = 1
 # Thresholds and label counts under which every run is scored: the release's 0.6, the usual 0.5, and the top 3 with
@@ -114,6 +109,29 @@ class Record:
 
     def map(self, name: str = "fused", epoch: str = "last") -> float:
         return float(self.stream(name, epoch)["mAP"])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One score of each test image and class: a stream of a run, as it was trained or with other values in the test.
+
+    changes: any of num_regions, threshold, selection; none of them changes a weight.
+    """
+
+    config: RunConfig
+    changes: Mapping[str, int | float | str] = field(default_factory=dict)
+    stream: str = "fused"
+
+    @property
+    def differs(self) -> dict[str, int | float | str]:
+        """The changes that are one: values that the run does not have."""
+        return {name: value for name, value in self.changes.items() if getattr(self.config, name) != value}
+
+    def id(self, run_id: str) -> str:
+        """Names this score: the run's id where it is the run's own prediction."""
+        if not self.differs and self.stream == "fused":
+            return run_id
+        return content_id({"run": run_id, "changes": self.differs, "stream": self.stream})
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -346,32 +364,96 @@ class Workspace:
                 _remove_checkpoints(folder)
         return folder
 
-    # Comparisons -----------------------------------------------------------------------------------------------------
+    # Tests and comparisons -------------------------------------------------------------------------------------------
 
-    def compare(self, a: Sequence[RunConfig], b: Sequence[RunConfig], epoch: str = "last") -> Mapping[str, Any]:
-        """mAP(a) - mAP(b) of fused scores, each the mean over its runs (seeds), with a paired bootstrap over the test
-        images. Kept as a record, found again by the runs' ids."""
-        records = [self.run(config) for config in (*a, *b)]
-        ids = [record.run_id for record in records]
+    def test(self, scored: Scored) -> Mapping[str, Any]:
+        """A run's metrics when it is tested with other values than it was trained with; kept as a record of its own."""
+        record = self.run(scored.config)
+        name = f"{evaluation_id(record.run_id, scored.differs)}.json"
+        kept = self._kept("evaluations", name)
+        if kept is None:
+            kept = self._test(scored, record, name)
+        return kept
+
+    def _test(self, scored: Scored, record: Record, name: str) -> Mapping[str, Any]:
+        scores, seconds = self._scores_with(scored)
+        config, test = scored.config.vary(**scored.differs), self.data(scored.config).test
+        mcar, _ = build_model(config.vary(weights="none"), len(test.classes))
+        content = {
+            "format": RECORD_FORMAT,
+            "run_id": record.run_id,
+            "label": scored.config.label,
+            "changes": scored.differs,
+            "metrics": _epoch_metrics(config.epochs, scores, test),
+            "cost": {
+                "macs_per_image": count_macs(mcar, config.image_size),
+                "milliseconds_per_image": 1000 * seconds / len(test),
+            },
+            "environment": describe_environment(self.profile.threads),
+        }
+        write_json(self.local_folder / "evaluations" / name, content)
+        return content
+
+    def _scores_with(self, scored: Scored) -> tuple[StreamScores, float]:
+        """Test scores of a run with other values than its own, and the seconds they took; made once and kept."""
+        path = self._outcome(scored.config) / f"{evaluation_id('', scored.differs)}.npz"
+        if not path.exists():
+            config = scored.config.vary(**scored.differs)
+            mcar, mean_std = self.trained_model(scored.config)
+            mcar.num_regions, mcar.threshold, mcar.selection = config.num_regions, config.threshold, config.selection
+            mcar.generator = torch.Generator() if config.selection == "random" else None
+            squares, started = self.resized(self.data(config).test, config.image_size), time.monotonic()
+            with _threads(self.profile.threads):
+                fresh = evaluate(mcar, squares, mean_std, config.precision, config.seed, verbose=self.verbose)
+            arrays = {name: stream.numpy() for name, stream in zip(STREAMS[:2], fresh, strict=True)}
+            arrays["seconds"] = np.array(time.monotonic() - started)
+            write_atomically(path, lambda partial: _save_arrays(partial, arrays))
+        with np.load(path) as stored:
+            return StreamScores(*(torch.from_numpy(stored[name]) for name in STREAMS[:2])), float(stored["seconds"])
+
+    def _stream_scores(self, scored: Scored, epoch: str) -> torch.Tensor:
+        scores = self._scores_with(scored)[0] if scored.differs else self.scores(scored.config, epoch)
+        return dict(zip(STREAMS, (*scores, scores.fused), strict=True))[scored.stream]
+
+    def compare(
+        self, a: Sequence[RunConfig | Scored], b: Sequence[RunConfig | Scored] = (), epoch: str = "last"
+    ) -> Mapping[str, Any]:
+        """mAP(a) - mAP(b), each the mean over its runs (seeds), with a paired bootstrap over the test images; with no
+        b, mAP(a) itself and its interval. Kept as a record, found again by the runs' ids."""
+        groups = [[item if isinstance(item, Scored) else Scored(item) for item in group] for group in (a, b)]
+        runs = [[self.run(item.config).run_id for item in group] for group in groups]
+        ids = [[item.id(run) for item, run in zip(*pair, strict=True)] for pair in zip(groups, runs, strict=True)]
         resamples = self.profile.bootstrap_resamples
-        key = comparison_key(ids[: len(a)], ids[len(a) :], epoch, resamples)
+        key = comparison_key(ids[0], ids[1], epoch, resamples)
         name = f"{content_id(key)}.json"
-        for folder in dict.fromkeys((self.folder, self.local_folder)):
-            if (folder / "comparisons" / name).exists():
-                return read_json(folder / "comparisons" / name)
-        targets = self.data(a[0]).test.targets
-        fused = [torch.stack([self.scores(config, epoch).fused for config in group]) for group in (a, b)]
-        result = paired_bootstrap(fused[0], fused[1], targets, resamples)
+        kept = self._kept("comparisons", name)
+        if kept is not None:
+            return kept
+        targets = self.data(groups[0][0].config).test.targets
+        scores = [torch.stack([self._stream_scores(item, epoch) for item in group]) for group in groups if group]
+        result = (
+            paired_bootstrap(scores[0], scores[1], targets, resamples)
+            if b
+            else bootstrap_interval(scores[0], targets, resamples)
+        )
         content = {
             "format": RECORD_FORMAT,
             **key,
-            "a_labels": [config.label for config in a],
-            "b_labels": [config.label for config in b],
+            **{
+                f"{side}_labels": [item.config.label for item in group]
+                for side, group in zip("ab", groups, strict=True)
+            },
             "confidence": 0.95,
             **asdict(result),
         }
         write_json(self.local_folder / "comparisons" / name, content)
         return content
+
+    def _kept(self, kind: str, name: str) -> Mapping[str, Any] | None:
+        for folder in dict.fromkeys((self.folder, self.local_folder)):
+            if (folder / kind / name).exists():
+                return read_json(folder / kind / name)
+        return None
 
 
 def main_grid(profile: Profile) -> dict[str, list[RunConfig]]:
@@ -380,6 +462,25 @@ def main_grid(profile: Profile) -> dict[str, list[RunConfig]]:
         name: [profile.run.vary(local_stream=local_stream, seed=seed) for seed in profile.seeds]
         for name, local_stream in ((BASELINE, False), (METHOD, True))
     }
+
+
+def evaluation_id(run_id: str, changes: Mapping[str, object]) -> str:
+    """What names the record of a test of a run with other values."""
+    return content_id({"run": run_id, "changes": changes})
+
+
+def current_record(records: Sequence[Record], config: RunConfig) -> Record | None:
+    """The record of a run among records; raises ResultsError if there is none but one of other arithmetic."""
+    of_run = [record for record in records if record.config == config]
+    for record in of_run:
+        if record.content["keys"]["arithmetic"] == arithmetic_fingerprint():
+            return record
+    if of_run:
+        raise ResultsError(
+            f"{of_run[0].path} was made by other arithmetic than today's; run it again: "
+            f"mcar reproduce --profile {of_run[0].content['profile']}, then mcar publish"
+        )
+    return None
 
 
 def comparison_key(a: Sequence[str], b: Sequence[str], epoch: str, num_resamples: int) -> dict[str, Any]:
@@ -526,60 +627,5 @@ def _cost(mcar: MCAR, config: RunConfig, state: Fit, seconds: float) -> dict[str
         "train_seconds": train_seconds,
         "test_seconds": test_seconds,
         "seconds_this_session": seconds,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def describe_environment(threads: int = 0) -> dict[str, Any]:
-    """The machine, the versions and the commit of a run, for its record; threads: of the run, 0 for torch's own."""
-    packages = ("torch", "torchvision", "accelerate", "numpy", "pillow", "mcar-lib")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "device": device,
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "commit": _commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The commit of the checkout, with -dirty behind it when files differ from it."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

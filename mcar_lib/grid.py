@@ -72,19 +72,28 @@ def relative_cost(config: RunConfig) -> float:
 
 
 def read_failures(folder: Path) -> dict[str, str]:
-    """Of one results/<profile> folder: what its last attempt said, for each run that failed, by the run's label."""
+    """What the last attempt said of each run, or test of one, that failed, by its name; of one results/<profile>."""
     return {path.stem: str(read_json(path)["error"]) for path in sorted((folder / "failures").glob("*.json"))}
 
 
+def note_failure(folder: Path, name: str, error: str) -> None:
+    """Keeps in results/<profile>/failures why something failed."""
+    with contextlib.suppress(MCARError):  # a folder that cannot be written is itself the failure
+        write_json(folder / "failures" / f"{name}.json", {"error": error})
+
+
+def forget_failure(folder: Path, name: str) -> None:
+    """Drops the note of an earlier failure."""
+    (folder / "failures" / f"{name}.json").unlink(missing_ok=True)
+
+
 def _note_outcome(workspace: Workspace, config: RunConfig, error: str | None) -> Record | Failure:
-    note = workspace.local_folder / "failures" / f"{config.label}.json"
     record = workspace.find(config) if error is None else None
     if record is not None:
-        note.unlink(missing_ok=True)
+        forget_failure(workspace.local_folder, config.label)
         return record
     failure = Failure(config.label, error or "the run ended without a record")
-    with contextlib.suppress(MCARError):  # a folder that cannot be written is itself the failure
-        write_json(note, {"label": failure.label, "error": failure.error, "config": config.model_dump(mode="json")})
+    note_failure(workspace.local_folder, failure.label, failure.error)
     return failure
 
 

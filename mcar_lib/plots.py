@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from mcar_lib.data import ImageSet
@@ -204,3 +205,98 @@ def per_class(table: pd.DataFrame, title: str) -> Figure:
     ax.set_title(wrapped(title, 75), fontsize=11)
     ax.legend()
     return made
+
+
+def study_settings(table: pd.DataFrame, title: str) -> Figure:
+    """A panel for each thing that was varied: mAP of each value with its 95 % interval, a colour for each model.
+
+    table: columns varied, value, model, mAP, low, high (percent).
+    """
+    panels = list(dict.fromkeys(table["varied"]))
+    made, axes = figure(1, len(panels), width=max(3.6, 7.0 / len(panels)), height=3.6)
+    for ax, varied in zip(axes, panels, strict=True):
+        rows = table[table["varied"] == varied]
+        places = {value: place for place, value in enumerate(dict.fromkeys(rows["value"]))}
+        models = list(dict.fromkeys(rows["model"]))
+        for at, model in enumerate(models):
+            of_model = rows[rows["model"] == model]
+            shift = 0.16 * (at - (len(models) - 1) / 2)
+            across = [places[value] + shift for value in of_model["value"]]
+            _with_intervals(ax, across, of_model, model if len(models) > 1 else None, _model_colour(model), "o")
+        ax.set_xticks(range(len(places)), [str(value) for value in places])
+        ax.set(xlabel=varied.removesuffix(" ="), xlim=(-0.5, len(places) - 0.5))
+        ax.grid(axis="x", visible=False)
+        if len(models) > 1:
+            made.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    axes[0].set_ylabel("test mAP (%), 95 % interval")
+    made.suptitle(wrapped(title, 42 * len(panels) + 30), fontsize=11)
+    return made
+
+
+def study_against_cost(
+    table: pd.DataFrame, title: str, costs: Sequence[str] = ("GMACs an image", "ms an image")
+) -> Figure:
+    """Accuracy against cost, a panel for each cost (logarithmic), a line for each model, a label for each value.
+
+    table: columns value, model, mAP, low, high (percent) and the costs.
+    """
+    made, axes = figure(1, len(costs), width=4.6, height=3.8)
+    for ax, cost in zip(axes, costs, strict=True):
+        for model, rows in table.groupby("model", sort=False):
+            ordered = rows.sort_values(cost)
+            colour = _model_colour(str(model))
+            ax.plot(ordered[cost], ordered["mAP"], "-", color=colour, linewidth=1, alpha=0.6)
+            _with_intervals(ax, ordered[cost], ordered, str(model), colour, "o")
+            for value, x, y in zip(ordered["value"], ordered[cost], ordered["mAP"], strict=True):
+                ax.annotate(str(value), (x, y), (5, 5), textcoords="offset points", fontsize=8)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.margins(x=0.2)
+        ax.set_xlabel(f"{cost} (log scale)")
+    axes[0].set_ylabel("test mAP (%), 95 % interval")
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    made.suptitle(wrapped(title, 90), fontsize=11)
+    return made
+
+
+def study_along(table: pd.DataFrame, title: str, reference: str, xlabel: str) -> Figure:
+    """mAP and cost along a number: a line for each way in which it was varied, the rows named reference a level line.
+
+    table: columns varied, value, mAP, low, high (percent), GMACs an image.
+    """
+    made, (precision, cost) = figure(1, 2, width=4.6, height=3.8)
+    level = table[table["varied"] == reference]
+    for _, row in level.iterrows():
+        precision.axhline(row["mAP"], color=GLOBAL, linestyle="--", label=str(row["model"]))
+        precision.axhspan(row["low"], row["high"], color=GLOBAL, alpha=0.12, linewidth=0)
+        cost.axhline(row["GMACs an image"], color=GLOBAL, linestyle="--")
+    ways = [way for way in dict.fromkeys(table["varied"]) if way != reference]
+    for at, way in enumerate(ways):
+        rows = table[table["varied"] == way]
+        x = [value + 0.12 * (at - (len(ways) - 1) / 2) for value in rows["value"]]
+        colour, marker = ((FUSED, "o"), (LOCAL, "s"))[at % 2]
+        precision.plot(x, rows["mAP"], "-", color=colour, linewidth=1, alpha=0.6)
+        _with_intervals(precision, x, rows, way.removesuffix(" ="), colour, marker)
+        if at == 0:
+            cost.plot(rows["value"], rows["GMACs an image"], "o-", color=colour)
+    for ax in (precision, cost):
+        ax.set_xticks(sorted(set(table["value"]) - set(level["value"])))
+        ax.set_xlabel(xlabel)
+    precision.set_ylabel("test mAP (%), 95 % interval")
+    cost.set_ylabel("GMACs an image")
+    cost.set_ylim(0, None)
+    made.legend(*precision.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    made.suptitle(wrapped(title, 90), fontsize=11)
+    return made
+
+
+def _with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, label: str | None, colour: Any, marker: str) -> None:
+    # A percentile interval need not hold its own estimate.
+    below, above = (rows["mAP"] - rows["low"]).clip(lower=0), (rows["high"] - rows["mAP"]).clip(lower=0)
+    ax.errorbar(x, rows["mAP"], yerr=[below, above], fmt=marker, color=colour, capsize=3, label=label)
+
+
+def _model_colour(model: str) -> Any:
+    return GLOBAL if "global" in model else FUSED

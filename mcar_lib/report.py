@@ -14,16 +14,17 @@ from typing import Any
 import pandas as pd
 
 from mcar_lib import plots
-from mcar_lib.config import Profile, RunConfig, load_profile
+from mcar_lib.ablations import StudyResult, difference_rows, load_study, studies, study_table
+from mcar_lib.config import Profile, load_profile
 from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import (
     BASELINE,
     METHOD,
     OPERATING_POINTS,
     Record,
-    arithmetic_fingerprint,
     comparison_key,
     content_id,
+    current_record,
     main_grid,
     project_root,
     read_json,
@@ -66,7 +67,7 @@ def load_main_result(folder: Path, profile: Profile) -> MainResult | None:
     Raises ResultsError when a record of it was made by other arithmetic than today's.
     """
     records = read_records(folder)
-    runs = {name: [_find(records, config) for config in grid] for name, grid in main_grid(profile).items()}
+    runs = {name: [current_record(records, config) for config in grid] for name, grid in main_grid(profile).items()}
     if any(record is None for group in runs.values() for record in group):
         return None
     found = {name: [record for record in group if record is not None] for name, group in runs.items()}
@@ -74,19 +75,6 @@ def load_main_result(folder: Path, profile: Profile) -> MainResult | None:
     key = comparison_key(ids[METHOD], ids[BASELINE], "last", profile.bootstrap_resamples)
     path = folder / "comparisons" / f"{content_id(key)}.json"
     return MainResult(profile, found, read_json(path)) if path.exists() else None
-
-
-def _find(records: Sequence[Record], config: RunConfig) -> Record | None:
-    of_run = [record for record in records if record.config == config]
-    for record in of_run:
-        if record.content["keys"]["arithmetic"] == arithmetic_fingerprint():
-            return record
-    if of_run:
-        raise ResultsError(
-            f"{of_run[0].path} was made by other arithmetic than today's; run it again: "
-            f"mcar reproduce --profile {of_run[0].content['profile']}, then mcar publish"
-        )
-    return None
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -197,15 +185,29 @@ def cost_table(result: MainResult) -> pd.DataFrame:
 
 def published_beside_ours(result: MainResult) -> pd.DataFrame:
     """The published mAP (percent, "-" where nothing was published) with ours where data, backbone and size agree."""
-    config, data = result.records[0].config, result.data
-    ours = f"{100 * _mean(record.map() for record in result.runs[METHOD]):.1f}"
+    return _published_with([(result.runs[METHOD][0], _mean(record.map() for record in result.runs[METHOD]))])
+
+
+def published_table(result: StudyResult) -> pd.DataFrame:
+    """As published_beside_ours, for the MCAR runs of an ablation."""
+    outcomes = [outcome for outcome in result.outcomes if outcome.records and outcome.setting.model == METHOD]
+    return _published_with([(o.records[0], _mean(metrics["mAP"] for metrics in o.metrics)) for o in outcomes])
+
+
+def _published_with(ours: Sequence[tuple[Record, float]]) -> pd.DataFrame:
     rows = []
     for (backbone, size), cells in read_published("map.csv").groupby(["backbone", "image_size"], sort=False):
         by_dataset = {cell.dataset: f"{cell.percent}" for cell in cells.itertuples()}
-        same = (backbone, size) == (config.backbone, config.image_size) and config.dataset in by_dataset
+        same = [
+            f"{100 * value:.1f}"
+            for record, value in ours
+            if (record.config.backbone, record.config.image_size) == (backbone, size)
+            and record.config.dataset in by_dataset
+            and not record.content["data"]["subset"]
+        ]
         row = {"backbone": backbone, "input": size}
         row |= {dataset: by_dataset.get(dataset, "-") for dataset in ("voc2007", "voc2012", "coco2014")}
-        rows.append({**row, "ours": ours if same and not data["subset"] else "not run"})
+        rows.append({**row, "ours": ", ".join(same) or "not run"})
     return pd.DataFrame(rows)
 
 
@@ -235,15 +237,44 @@ TABLES: dict[str, Callable[[MainResult], pd.DataFrame]] = {
 
 def write_profile(folder: Path, profile: Profile) -> list[Path]:
     """Tables (CSV and Markdown) and figures of one results/<profile> tree, from its records. Returns what it wrote."""
-    result = load_main_result(folder, profile)
-    if result is None:
-        return []
     written = []
-    for name, build in TABLES.items():
-        table = build(result)
-        written.append(write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.4f")))
-        written.append(write_text(folder / "tables" / f"{name}.md", f"{result.title}\n\n{markdown(table)}"))
-    return written + [plots.save(made, folder / "figures" / f"{name}.png") for name, made in figures(result).items()]
+    result = load_main_result(folder, profile)
+    if result is not None:
+        for name, build in TABLES.items():
+            written += _write_table(folder, name, build(result), result.title)
+        written += [plots.save(made, folder / "figures" / f"{name}.png") for name, made in figures(result).items()]
+    for study in load_studies(folder, profile).values():
+        name = f"ablation_{study.study.name}"
+        written += _write_table(folder, name, study_table(study), study.title)
+        written += _write_table(folder, f"{name}_differences", difference_rows(study), study.title, digits=3)
+        written.append(plots.save(study_figure(study), folder / "figures" / f"{name}.png"))
+    return written
+
+
+def load_studies(folder: Path, profile: Profile) -> dict[str, StudyResult]:
+    """The ablations of one results/<profile> folder that have runs, by name."""
+    found = {name: load_study([folder], profile, study) for name, study in studies(profile).items()}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def study_figure(result: StudyResult) -> Any:
+    """The figure that answers a study's question."""
+    table = study_table(result)
+    table = table[table["mAP"].notna()]
+    if result.study.name == "input_size":
+        return plots.study_against_cost(table, result.title)
+    if result.study.name == "backbone":
+        return plots.study_against_cost(table, result.title, ["M parameters", "GMACs an image"])
+    if result.study.name == "num_regions":
+        return plots.study_along(table, result.title, reference="N =", xlabel="N, the number of regions")
+    return plots.study_settings(table, result.title)
+
+
+def _write_table(folder: Path, name: str, table: pd.DataFrame, title: str, digits: int = 1) -> list[Path]:
+    return [
+        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.4f")),
+        write_text(folder / "tables" / f"{name}.md", f"{title}\n\n{markdown(table, digits)}"),
+    ]
 
 
 def figures(result: MainResult) -> dict[str, Any]:

@@ -8,13 +8,15 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mcar_lib.config import load_profile
+from mcar_lib.ablations import studies
+from mcar_lib.config import Profile, RunConfig, load_profile
 from mcar_lib.errors import ConfigError, MCARError, ResultsError
 from mcar_lib.experiment import (
     Workspace,
@@ -105,16 +107,24 @@ def publish(profile: str) -> None:
     records = {record.run_id: record.path for record in read_records(local) if is_current(record, today)}
     if not records:
         raise ResultsError(f"{local} has no current run records; first: mcar reproduce --profile {profile}")
-    comparisons = {path: read_json(path) for path in sorted((local / "comparisons").glob("*.json"))}
-    kept = [path for path, content in comparisons.items() if records.keys() >= {*content["a"], *content["b"]}]
+    evaluations = _of_runs(local / "evaluations", records, lambda content: [content["run_id"]])
+    comparisons = _of_runs(local / "comparisons", records, lambda content: content["runs"])
     _replace_folder(target / "runs", list(records.values()))
-    _replace_folder(target / "comparisons", kept)
-    say(f"{target}: {len(records)} runs, {len(kept)} comparisons")
+    _replace_folder(target / "evaluations", evaluations)
+    _replace_folder(target / "comparisons", comparisons)
+    say(f"{target}: {len(records)} runs, {len(evaluations)} evaluations, {len(comparisons)} comparisons")
     rebuild(root)
     shown = select_notebooks(root / "notebooks") if name == SHOWN_IN_NOTEBOOKS else []
     failed = [path.stem for path in shown if not _run_in_place(path, root)]
     if failed:
         raise MCARError(f"failed, and left as they were: {', '.join(failed)}")
+
+
+def _of_runs(
+    folder: Path, records: Mapping[str, Path], runs_of: Callable[[Mapping[str, Any]], Sequence[str]]
+) -> list[Path]:
+    """The JSON files of a folder that follow from these run records alone."""
+    return [path for path in sorted(folder.glob("*.json")) if records.keys() >= {*runs_of(read_json(path))}]
 
 
 def rebuild(root: Path) -> list[Path]:
@@ -156,11 +166,20 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def _train_for(notebooks: Sequence[Path], workspace: Workspace) -> None:
     """Trains side by side what the notebooks will ask for. What goes wrong here they will meet, and tell, too."""
-    wanted = [config for group in main_grid(workspace.profile).values() for config in group]
+    wanted = [config for path in notebooks for config in runs_of(path, workspace.profile)]
     try:
-        run_grid(workspace, wanted if any(path.stem[:2] > "01" for path in notebooks) else [])
+        run_grid(workspace, wanted)
     except MCARError as error:
         say(f"training: {error}")
+
+
+def runs_of(notebook: Path, profile: Profile) -> list[RunConfig]:
+    """The runs that a notebook asks for, by its name: NN_ablation_<study>, else the main comparison."""
+    _, is_ablation, name = notebook.stem.partition("_ablation_")
+    if is_ablation:
+        found = studies(profile).get(name)
+        return found.runs if found else []
+    return [] if notebook.stem.startswith("01") else [run for group in main_grid(profile).values() for run in group]
 
 
 def _run_once(notebook: Path, output: Path, parameters: Mapping[str, str], root: Path, folder: Path) -> bool:
