@@ -27,9 +27,9 @@ class Recipe(BaseModel):
     """How a model is trained; the defaults are the release's. Unknown keys and wrong types are errors.
 
     learning_rate is the 1x1 convolution's (the peak of a one-cycle schedule), backbone_factor times it the backbone's.
-    milestones (epochs) and gamma belong to schedule "step"; warmup (fraction of all steps) and cycle_momentum (between
-    0.95 and 0.85, against the learning rate, as torch's OneCycleLR does) to "onecycle". statistics_batch: how many
-    images, with their crops, share batch statistics; 0 is the whole batch, the release's four GPUs had 4 each.
+    milestones (epochs) and gamma belong to schedule "step"; warmup (fraction of all steps) to "onecycle".
+    statistics_batch: how many images, with their crops, share batch statistics; 0 is the whole batch, the release's
+    four GPUs had 4 each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,7 +44,6 @@ class Recipe(BaseModel):
     milestones: tuple[int, ...] = (30, 50)
     gamma: Positive = 0.1
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    cycle_momentum: bool = False
     statistics_batch: Annotated[int, Field(ge=0)] = 0
     flip: bool = True
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -81,9 +80,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
         return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in recipe.milestones], recipe.gamma)
     peaks = [group["lr"] for group in optimizer.param_groups]
     total = recipe.epochs * steps_per_epoch
-    return OneCycleLR(
-        optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=recipe.cycle_momentum
-    )
+    return OneCycleLR(optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=False)
 
 
 class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
