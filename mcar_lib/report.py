@@ -3,8 +3,6 @@
 Nothing here trains or measures. A record that was not made by today's arithmetic is an error, not a row.
 """
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +13,7 @@ import pandas as pd
 
 from mcar_lib import plots
 from mcar_lib.ablations import StudyResult, difference_rows, load_study, studies, study_table
-from mcar_lib.config import Profile, load_profile
+from mcar_lib.config import Profile
 from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import (
     BASELINE,
@@ -32,10 +30,8 @@ from mcar_lib.experiment import (
 )
 from mcar_lib.training import write_atomically
 
-PROFILES = ("mini", "photos", "paper")  # those whose numbers mean something, in the order they are shown
 # A rerun elsewhere may differ in the last bit of every sum; training makes up to this much of it in mAP.
 TOLERANCE = 0.03
-BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -162,6 +158,12 @@ def finding(comparison: Mapping[str, Any]) -> str:
     if comparison["low"] > 0:
         return "MCAR is better"
     return "the global baseline is better" if comparison["high"] < 0 else "no difference that this data can show"
+
+
+def interval_text(comparison: Mapping[str, Any]) -> str:
+    """'+1.3 (+0.4 to +2.2)' in points of mAP."""
+    numbers = [100 * comparison[key] for key in ("difference", "low", "high")]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)
 
 
 def cost_table(result: MainResult) -> pd.DataFrame:
@@ -313,108 +315,7 @@ def _cell(value: object, digits: int) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value > 9999 else str(value)
 
 
-# Summary -------------------------------------------------------------------------------------------------------------
-
-
-def write_summary(results: Path, readme: Path) -> list[Path]:
-    """results/README.md with the claims table, and the generated blocks of README.md, from the committed records."""
-    found = {}
-    for name in PROFILES:
-        result = load_main_result(results / name, load_profile(name))
-        if result is not None:
-            found[name] = result
-    written = [write_text(results / "README.md", summary_text(found))]
-    text = readme.read_text(encoding="utf-8")
-    blocks = {"main-results": main_block(found)}
-    return [*written, write_text(readme, fill_blocks(text, blocks, readme))]
-
-
-def fill_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
-    """Replaces what stands between the markers; raises ResultsError if a block has no markers or no content."""
-    names = [match["name"] for match in BLOCK.finditer(text)]
-    if sorted(names) != sorted(blocks):
-        raise ResultsError(f"{where}: its generated blocks are {names}, wanted {sorted(blocks)}; mend the markers")
-    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", text)
-
-
-def main_block(found: Mapping[str, MainResult]) -> str:
-    """The main comparison of every profile that was run, one row each."""
-    rows = []
-    for name, result in found.items():
-        means = {model: 100 * _mean(record.map() for record in group) for model, group in result.runs.items()}
-        diff = result.comparison
-        rows.append(
-            {
-                "profile": name,
-                "test data": result.data["test"],
-                "runs": len(result.records),
-                f"{BASELINE} mAP": means[BASELINE],
-                f"{METHOD} mAP": means[METHOD],
-                "difference (95 % interval)": interval_text(diff),
-                "finding": finding(diff),
-            }
-        )
-    return markdown(pd.DataFrame(rows)) if rows else "No committed records yet.\n"
-
-
-def interval_text(comparison: Mapping[str, Any]) -> str:
-    """'+1.3 (+0.4 to +2.2)' in points of mAP."""
-    numbers = [100 * comparison[key] for key in ("difference", "low", "high")]
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)
-
-
-def summary_text(found: Mapping[str, MainResult]) -> str:
-    """results/README.md: what each folder holds, the claims table, and the published figures with their sources."""
-    out = io.StringIO()
-    out.write(
-        "# Results\n\n"
-        "Written by `make report` from the run records in this folder; do not edit by hand.\n\n"
-        "- `published/`: figures published by others, each row with its source; never mixed with ours\n"
-        "- `<profile>/runs/`: one JSON record a run; `comparisons/`: paired intervals\n"
-        "- `<profile>/tables/`, `<profile>/figures/`: drawn from those records\n"
-        "- `local/` (not committed): what `make reproduce` computes on your machine\n\n"
-        "All numbers are of the last epoch unless a table says best; the paper's release reports the best epoch on "
-        "the test set.\n\n## Our runs\n\n"
-    )
-    out.write(main_block(found))
-    out.write("\n## Claims of the paper\n\n")
-    out.write(markdown(claims_table(found)))
-    out.write(
-        "\n*Replicated at this scale*: the sign agrees and the 95 % paired interval excludes zero. Published figures "
-        "belong to the full data sets and the paper's recipe; only the profile `paper` can be held against them.\n"
-    )
-    return out.getvalue()
-
-
-def claims_table(found: Mapping[str, MainResult]) -> pd.DataFrame:
-    """Each claim: the published value and its source, ours under each profile that was run, and the verdict."""
-    rows = []
-    for claim in read_published("claims.csv", text=True).itertuples():
-        ours, verdict = _measured(str(claim.measured_by), found)
-        if not ours and claim.source == "no source found":
-            verdict = "no source found; not run yet"
-        rows.append([claim.claim, claim.published or "-", claim.source, ours or "-", verdict])
-    for cell in read_published("map.csv").itertuples():
-        what = f"mAP of {cell.backbone} at {cell.image_size} px on {cell.dataset}"
-        rows.append([what, f"{cell.percent}", cell.source, "-", "needs the paper profile"])
-    for cell in read_published("coco2014_resnet101_448.csv").itertuples():
-        what = f"{cell.metric} ({cell.labels} labels) of resnet101 at 448 px on coco2014"
-        rows.append([what, f"{cell.percent}", cell.source, "-", "needs the paper profile"])
-    return pd.DataFrame(rows, columns=["claim", "published", "source", "ours", "verdict"])
-
-
-def _measured(measured_by: str, found: Mapping[str, MainResult]) -> tuple[str, str]:
-    if measured_by == "main":
-        ours = "; ".join(f"{name}: {interval_text(result.comparison)}" for name, result in found.items())
-        return ours, "; ".join(f"{name}: {_verdict(result.comparison)}" for name, result in found.items())
-    if measured_by == "parameters" and found:
-        costs = {record.content["cost"]["parameters_over_backbone"] for r in found.values() for record in r.records}
-        return f"{', '.join(f'{count:,}' for count in sorted(costs))} parameters over the backbone", "replicated"
-    return "", "needs the paper profile"
-
-
-def _verdict(comparison: Mapping[str, Any]) -> str:
-    return ("" if comparison["low"] > 0 else "not ") + "replicated at this scale"
+# Comparisons with earlier records ----------------------------------------------------------------------------------
 
 
 def compare_results(committed: Path, local: Path) -> pd.DataFrame:

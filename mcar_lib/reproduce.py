@@ -129,7 +129,8 @@ def _of_runs(
 
 def rebuild(root: Path) -> list[Path]:
     """Writes all committed tables, figures and README blocks from the records, and removes those without any."""
-    from mcar_lib.report import write_profile, write_summary
+    from mcar_lib.report import write_profile
+    from mcar_lib.summary import write_summary
 
     if not (root / "README.md").exists():
         raise ResultsError(f"{root / 'README.md'} is missing; its generated blocks cannot be filled")

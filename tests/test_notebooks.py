@@ -9,9 +9,10 @@ import nbformat
 import pytest
 from real_photos import real_voc2007
 
+from mcar_lib.ablations import studies
 from mcar_lib.config import load_profile
 from mcar_lib.experiment import Workspace, main_grid, read_records
-from mcar_lib.reproduce import reproduce
+from mcar_lib.reproduce import SHOWN_IN_NOTEBOOKS, reproduce, runs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -33,9 +34,11 @@ def test_smoke_runs_every_notebook_and_a_second_time_trains_nothing(
     reproduce("smoke", only=[], results=tmp_path / "results", data_root=None)  # raises if a notebook fails
     records = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
     written = {path: path.stat().st_mtime_ns for path in records}
-    assert len(written) == len([config for group in main_grid(load_profile("smoke")).values() for config in group])
-    assert (tmp_path / "results/smoke/tables/main_results.csv").exists()
-    assert (tmp_path / "results/smoke/figures/main_results.png").exists()
+    wanted = {run.model_dump_json() for path in NOTEBOOKS for run in runs_of(path, load_profile("smoke"))}
+    assert len(written) == len(wanted)
+    for name in ("main_results", *(f"ablation_{study}" for study in studies(load_profile("smoke")))):
+        assert (tmp_path / f"results/smoke/tables/{name}.csv").exists()
+        assert (tmp_path / f"results/smoke/figures/{name}.png").exists()
 
     reproduce("smoke", only=[], results=tmp_path / "results", data_root=None)
     again = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
@@ -59,8 +62,10 @@ def test_parameters_cell_holds_literals_and_outputs_hold_no_path_of_a_machine(pa
 def test_committed_records_were_made_by_todays_arithmetic_data_and_weights(profile: str) -> None:
     data_root = real_voc2007() if profile == "photos" else None
     workspace = Workspace(profile, data_root=data_root, verbose=False)
-    keys = workspace.keys(workspace.profile.run)
     records = read_records(ROOT / "results" / profile)
     wanted = [config for group in main_grid(workspace.profile).values() for config in group]
-    assert [record.path.name for record in records if record.content["keys"] != keys] == []
-    assert all(any(record.config == config for record in records) for config in wanted)
+    if profile == SHOWN_IN_NOTEBOOKS:
+        wanted += [config for study in studies(workspace.profile).values() for config in study.runs]
+    stale = [record.path.name for record in records if record.content["keys"] != workspace.keys(record.config)]
+    assert stale == []
+    assert [config.label for config in wanted if not any(record.config == config for record in records)] == []

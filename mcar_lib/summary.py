@@ -1,0 +1,217 @@
+"""What all committed records say together: results/README.md with the claims table, and the README's number blocks."""
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import pandas as pd
+
+from mcar_lib.ablations import NO_DIFFERENCE, StudyResult, study_finding
+from mcar_lib.config import load_profile
+from mcar_lib.errors import ResultsError
+from mcar_lib.experiment import BASELINE, METHOD
+from mcar_lib.report import (
+    MainResult,
+    finding,
+    interval_text,
+    load_main_result,
+    load_studies,
+    markdown,
+    read_published,
+    write_text,
+)
+
+PROFILES = ("mini", "photos", "paper")  # those whose numbers mean something, in the order they are shown
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+REPLICATED, NOT_REPLICATED = "replicated at this scale", "not replicated at this scale"
+NEEDS_PAPER, NO_SOURCE = "needs the paper profile", "no source found"
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The main comparison and the ablations of one profile, as far as they were run."""
+
+    main: MainResult
+    studies: Mapping[str, StudyResult]
+
+
+def write_summary(results: Path, readme: Path) -> list[Path]:
+    """results/README.md and the generated blocks of README.md, from the committed records. Returns what it wrote."""
+    found = {}
+    for name in PROFILES:
+        profile = load_profile(name)
+        main = load_main_result(results / name, profile)
+        if main is not None:
+            found[name] = Committed(main, load_studies(results / name, profile))
+    written = [write_text(results / "README.md", summary_text(found))]
+    blocks = {"main-results": main_block(found)}
+    return [*written, write_text(readme, fill_blocks(readme.read_text(encoding="utf-8"), blocks, readme))]
+
+
+def fill_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
+    """Replaces what stands between the markers; raises ResultsError if a block has no markers or no content."""
+    names = [match["name"] for match in BLOCK.finditer(text)]
+    if sorted(names) != sorted(blocks):
+        raise ResultsError(f"{where}: its generated blocks are {names}, wanted {sorted(blocks)}; mend the markers")
+    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", text)
+
+
+def main_block(found: Mapping[str, Committed]) -> str:
+    """The main comparison of every profile that was run, one row each."""
+    rows = []
+    for name, committed in found.items():
+        result = committed.main
+        means, best = (
+            {model: 100 * fmean(record.map(epoch=epoch) for record in group) for model, group in result.runs.items()}
+            for epoch in ("last", "best")
+        )
+        diff = result.comparison
+        rows.append(
+            {
+                "profile": name,
+                "test data": result.data["test"],
+                "runs": len(result.records),
+                f"{BASELINE} mAP": means[BASELINE],
+                f"{METHOD} mAP": means[METHOD],
+                "difference (95 % interval)": interval_text(diff),
+                "finding": finding(diff),
+                "best epoch (both)": f"{best[BASELINE]:.1f}, {best[METHOD]:.1f}",
+            }
+        )
+    return markdown(pd.DataFrame(rows)) if rows else "No committed records yet.\n"
+
+
+def summary_text(found: Mapping[str, Committed]) -> str:
+    """results/README.md: what each folder holds, the claims table, and the published figures with their sources."""
+    out = io.StringIO()
+    out.write(
+        "# Results\n\n"
+        "Written by `make report` from the run records in this folder; do not edit by hand.\n\n"
+        "- `published/`: figures published by others, each row with its source; never mixed with ours\n"
+        "- `<profile>/runs/`: one JSON record a run; `evaluations/`: a run tested with other values; `comparisons/`: "
+        "intervals\n"
+        "- `<profile>/tables/`, `<profile>/figures/`: drawn from those records\n"
+        "- `local/` (not committed): what `make reproduce` computes on your machine\n\n"
+        "All numbers are of the last epoch unless a table says best; the paper's release reports the best epoch on "
+        "the test set.\n\n## Our runs\n\n"
+    )
+    out.write(main_block(found))
+    out.write(_ablations_text(found))
+    out.write("\n## Claims of the paper\n\n")
+    out.write(markdown(claims_table(found)))
+    out.write(
+        "\n*Replicated at this scale*: the sign agrees and the 95 % paired interval excludes zero. Published figures "
+        "belong to the full data sets and the paper's recipe; only the profile `paper` can be held against them.\n"
+    )
+    return out.getvalue()
+
+
+def _ablations_text(found: Mapping[str, Committed]) -> str:
+    """What each ablation found under each profile, with its table and figure."""
+    out = io.StringIO()
+    for name, committed in found.items():
+        for study, result in committed.studies.items():
+            table, figure = (f"{name}/{kind}/ablation_{study}" for kind in ("tables", "figures"))
+            links = f"[table]({table}.md), [differences]({table}_differences.md), [figure]({figure}.png)"
+            out.write(f"- **{study}**, profile {name} ({links}): {study_finding(result)}\n")
+    heading = (
+        "\n## Ablations\n\nDifferences that hold with an adjusted p (Holm) below 0.05, in points of mAP with 95 % "
+        "paired intervals over test images.\n\n"
+    )
+    return heading + out.getvalue() if out.getvalue() else ""
+
+
+def claims_table(found: Mapping[str, Committed]) -> pd.DataFrame:
+    """Each claim: the published value and its source, ours under each profile that was run, and the verdict."""
+    rows = []
+    for claim in read_published("claims.csv", text=True).itertuples():
+        ours, verdict = MEASURES[str(claim.measured_by).partition(":")[0]](found, str(claim.measured_by))
+        verdict = NO_SOURCE if claim.source == NO_SOURCE else verdict
+        rows.append([claim.claim, claim.published or "-", claim.source, ours or "not run", verdict])
+    for cell in read_published("map.csv").itertuples():
+        what = f"mAP of {cell.backbone} at {cell.image_size} px on {cell.dataset}"
+        rows.append([what, f"{cell.percent}", cell.source, "-", NEEDS_PAPER])
+    for cell in read_published("coco2014_resnet101_448.csv").itertuples():
+        what = f"{cell.metric} ({cell.labels} labels) of resnet101 at 448 px on coco2014"
+        rows.append([what, f"{cell.percent}", cell.source, "-", NEEDS_PAPER])
+    return pd.DataFrame(rows, columns=["claim", "published", "source", "ours", "verdict"])
+
+
+def _by_profile(texts: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def _main(found: Mapping[str, Committed], measured_by: str) -> tuple[str, str]:
+    comparisons = {name: committed.main.comparison for name, committed in found.items()}
+    verdicts = {name: REPLICATED if each["low"] > 0 else NOT_REPLICATED for name, each in comparisons.items()}
+    ours = _by_profile({name: interval_text(each) for name, each in comparisons.items()})
+    return ours, _by_profile(verdicts) or NEEDS_PAPER
+
+
+def _parameters(found: Mapping[str, Committed], measured_by: str) -> tuple[str, str]:
+    records = [record for committed in found.values() for record in committed.main.records]
+    costs = sorted({record.content["cost"]["parameters_over_backbone"] for record in records})
+    ours = ", ".join(f"{count:,}" for count in costs)
+    return (f"{ours} parameters over the backbone", "replicated") if costs else ("", NEEDS_PAPER)
+
+
+def _per_class(found: Mapping[str, Committed], measured_by: str) -> tuple[str, str]:
+    return _by_profile({name: f"[table]({name}/tables/per_class_ap.md)" for name in found}), NO_SOURCE
+
+
+def _cost(found: Mapping[str, Committed], measured_by: str) -> tuple[str, str]:
+    texts = {}
+    for name, committed in found.items():
+        macs = {model: group[0].content["cost"]["macs_per_image"] / 1e9 for model, group in committed.main.runs.items()}
+        texts[name] = ", ".join(f"{model} {value:.2f} GMACs" for model, value in macs.items())
+    return _by_profile(texts), NO_SOURCE
+
+
+def _study(found: Mapping[str, Committed], measured_by: str) -> tuple[str, str]:
+    """The settings of a study's MCAR runs; with a colon behind the study's name, those of one thing it varies."""
+    study, _, part = measured_by.partition(":")
+    results = {name: committed.studies[study] for name, committed in found.items() if study in committed.studies}
+    return _by_profile({name: _settings_text(result, part) for name, result in results.items()}), NEEDS_PAPER
+
+
+def _input_size(found: Mapping[str, Committed], measured_by: str) -> tuple[str, str]:
+    """Replicated where a larger input is better in at least one comparison and worse in none."""
+    ours, _ = _study(found, measured_by)
+    verdicts = {}
+    for name, committed in found.items():
+        if measured_by in committed.studies:
+            pairs = [d for d in committed.studies[measured_by].differences if d.first.model == d.second.model == METHOD]
+            shown = [d for d in pairs if d.finding != NO_DIFFERENCE]
+            agree = [(float(d.first.value) > float(d.second.value)) == (d.finding == "higher") for d in shown]
+            verdicts[name] = REPLICATED if agree and all(agree) else NOT_REPLICATED
+    return ours, _by_profile(verdicts) or NEEDS_PAPER
+
+
+def _settings_text(result: StudyResult, part: str) -> str:
+    of_method = [o for o in result.outcomes if o.setting.model == METHOD and part in o.setting.varied and o.metrics]
+    texts: dict[str, list[str]] = {}
+    for outcome in of_method:
+        percent = 100 * fmean(metrics["mAP"] for metrics in outcome.metrics)
+        ends = [100 * outcome.interval[end] for end in ("low", "high") if outcome.interval]
+        interval = " ({:.1f} to {:.1f})".format(*ends) if ends else ""
+        texts.setdefault(outcome.setting.varied, []).append(f"{outcome.setting.value} gives {percent:.1f}{interval}")
+    differences = [d for d in result.differences if part in d.first.varied and d.first.model == d.second.model]
+    shown = [d for d in differences if d.finding != NO_DIFFERENCE]
+    values = ", ".join(f"{varied} {', '.join(each)}" for varied, each in texts.items())
+    return f"{values} mAP ({len(shown)} of {len(differences)} differences hold)"
+
+
+MEASURES: dict[str, Callable[[Mapping[str, Committed], str], tuple[str, str]]] = {
+    "main": _main,
+    "parameters": _parameters,
+    "per_class": _per_class,
+    "cost": _cost,
+    "input_size": _input_size,
+    "backbone": _study,
+    "pooling": _study,
+    "num_regions": _study,
+    "regions": _study,
+}
