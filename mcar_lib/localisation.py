@@ -259,11 +259,12 @@ def overlap_rows(
 def pointing_rows(
     pointing: Pointing, num_regions: int, num_images: int, num_resamples: int = 1000, seed: int = 0
 ) -> list[dict[str, object]]:
-    """Hit rates of the pointing game as rows: classes, pairs, point, mean, low, high (fractions); point is one of
-    POINTS or a paired difference, "peak - random pixel" or "peak - centre of the image"."""
-    differences = pointing.hits[:, [0, 0]] - pointing.hits[:, [3, 2]]
-    names = (*POINTS, "peak - random pixel", "peak - centre of the image")
-    table = torch.cat((pointing.hits, differences), dim=1)
+    """Hit rates of the pointing game as rows: classes, pairs, point, mean, low, high (fractions).
+
+    point: one of POINTS, or a paired difference: "peak", "cell" against "random pixel", "centre of the image".
+    """
+    names = (*POINTS, *(f"{a} - {b}" for a in ("peak", "cell") for b in ("random pixel", "centre of the image")))
+    table = torch.cat((pointing.hits, pointing.hits[:, [0, 0, 1, 1]] - pointing.hits[:, [3, 2, 3, 2]]), dim=1)
     everything = torch.ones(len(table), dtype=torch.bool)
     rows: list[dict[str, object]] = []
     for classes, kept in {"present": everything, f"among the top {num_regions}": pointing.ranks < num_regions}.items():

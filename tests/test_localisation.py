@@ -328,6 +328,9 @@ def test_pointing_rows_tell_all_classes_and_those_among_the_top() -> None:
     rows = {(row["classes"], row["point"]): row for row in pointing_rows(pointing_game(objects, found), 1, 1)}
     assert (rows["present", "peak of the map"]["mean"], rows["present", "peak of the map"]["pairs"]) == (0.5, 2)
     assert rows["present", "peak - random pixel"]["mean"] == 0.25
+    assert rows["present", "peak - centre of the image"]["mean"] == 0  # (4, 4) is in the second box
+    assert rows["present", "cell - random pixel"]["mean"] == 0.25
+    assert rows["present", "cell - centre of the image"]["mean"] == 0
     assert rows["among the top 1", "peak of the map"]["mean"] == 1
     assert rows["among the top 1", "peak - random pixel"]["mean"] == 0.75
 
@@ -392,7 +395,7 @@ def test_rows_hold_means_by_number_of_regions_and_paired_differences() -> None:
         assert np.isnan(means["top - centre", count, "IoU, own class"])
 
 
-def test_a_paired_interval_is_narrower_than_that_of_independent_ways() -> None:
+def test_ways_that_take_the_same_regions_differ_by_nothing() -> None:
     found, objects = found_in(images=30, classes=5), random_objects(200, images=30, classes=5)
     measured = measure_overlaps(objects, found, max_regions=5)
     rows = overlap_rows(objects, measured, [5], num_images=30)  # all classes: the same regions, so no difference
