@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from mcar_lib.data import ImageSet
+from mcar_lib.regions import class_marginals
 
 COLOURS = sns.color_palette("colorblind")
 GLOBAL, LOCAL, FUSED = COLOURS[0], COLOURS[1], COLOURS[2]
@@ -300,3 +301,93 @@ def _with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, label: str | None, col
 
 def _model_colour(model: str) -> Any:
     return GLOBAL if "global" in model else FUSED
+
+
+def attention_gallery(
+    images: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Sequence[str]],
+    annotated: Sequence[Sequence[tuple[str, Sequence[float]]]],
+    threshold: float,
+) -> Figure:
+    """What the module looks at, a row for each image: the photo, then the map of each region with its marginals.
+
+    images: uint8 (3, S, S); maps: (N, S, S); boxes: (N, 4) and labels: N class names of each image's regions, drawn
+    solid; annotated: (class name, box) of each image's objects, dashed, in the colour of the region of their class, or
+    in white. Above a map is px(u), to its right py(v); the dashed line is tau, the shaded band the interval.
+    """
+    num_regions = len(boxes[0])
+    made, axes = figure(len(images), 1 + num_regions, width=3.3, height=3.3)
+    for row, image in enumerate(images):
+        on_photo, *on_maps = axes[row * (1 + num_regions) : (row + 1) * (1 + num_regions)]
+        colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(labels[row])}
+        names = ", ".join(dict.fromkeys(name for name, _ in annotated[row]))
+        show_image(on_photo, image, wrapped(f"annotated: {names or 'nothing'}", 34))
+        for name, box in annotated[row]:
+            draw_box(on_photo, box, "", "black")  # between the dashes: a light one would be lost on a light photo
+            draw_box(on_photo, box, "", colours.get(name, "white"), dashed=True)
+        px, py = class_marginals(maps[row])
+        for index, (ax, name, box) in enumerate(zip(on_maps, labels[row], boxes[row].tolist(), strict=True)):
+            draw_box(on_photo, box, "", colours[name])
+            # Regions often coincide: numbers side by side, the names are on the maps.
+            offset, background = (2 + 13 * index, -2), {"facecolor": colours[name], "edgecolor": "none", "pad": 1.5}
+            corner = {"textcoords": "offset points", "va": "top", "color": "white", "fontsize": 9, "bbox": background}
+            on_photo.annotate(str(index + 1), box[:2], offset, **corner)
+            show_image(ax, image)
+            ax.imshow(maps[row][index].numpy(), cmap="magma", alpha=0.6)
+            draw_box(ax, box, str(index + 1), colours[name])
+            ax.set_xlabel(f"{index + 1} {name}", fontsize=10)
+            _beside(ax, px[index], box[0::2], threshold, upright=False)
+            _beside(ax, py[index], box[1::2], threshold, upright=True)
+    return made
+
+
+def _beside(ax: Axes, values: Tensor, interval: Sequence[float], threshold: float, upright: bool) -> None:
+    """A marginal along the upper or the right edge of its map, pixel for pixel."""
+    pixels, ends = np.arange(len(values)), (-0.5, len(values) - 0.5)
+    if upright:
+        edge = ax.inset_axes((1.03, 0, 0.22, 1), xlim=(-0.05, 1.05), ylim=ends[::-1])
+        edge.plot(values.numpy(), pixels, color=GLOBAL)
+        edge.axvline(threshold, color="black", linestyle="--", linewidth=1)
+        edge.axhspan(*interval, color=FUSED, alpha=0.25)
+    else:
+        edge = ax.inset_axes((0, 1.03, 1, 0.22), xlim=ends, ylim=(-0.05, 1.05))
+        edge.plot(pixels, values.numpy(), color=GLOBAL)
+        edge.axhline(threshold, color="black", linestyle="--", linewidth=1)
+        edge.axvspan(*interval, color=FUSED, alpha=0.25)
+    edge.set(xticks=[], yticks=[])
+
+
+WAYS = {"top": (COLOURS[2], "o"), "random": (COLOURS[1], "s"), "bottom": (COLOURS[4], "v"), "centre": (COLOURS[7], "D")}
+
+
+def regions_found(rows: pd.DataFrame, measure: str, num_regions: int, title: str) -> Figure:
+    """A measure of localisation.overlap_rows in percent, 95 % intervals: by N, and by object size at N = num_regions.
+
+    rows: the data frame of those rows; measure: one of localisation.MEASURES.
+    """
+    made, (by_number, by_size) = figure(1, 2, width=5.2, height=3.9)
+    shown = rows[rows["measure"] == measure]
+    for place, (way, (colour, marker)) in enumerate(WAYS.items()):
+        of_way = shown[shown["regions"] == way]
+        numbers = of_way[of_way["size"] == "all"]
+        sizes = of_way[(of_way["N"] == num_regions) & (of_way["size"] != "all")]
+        style = {"marker": marker, "color": colour, "capsize": 3, "label": way}
+        _with_intervals(by_number, numbers["N"] + 0.12 * (place - 1.5), numbers, linestyle="-", **style)
+        _with_intervals(by_size, np.arange(len(sizes)) + 0.16 * (place - 1.5), sizes, linestyle="none", **style)
+    by_size.set_xticks(range(len(sizes)), [f"{row.size}\n{row.objects:,} objects" for row in sizes.itertuples()])
+    by_number.set_xticks(sorted(set(shown["N"])))
+    by_number.set_xlabel("number of regions N")
+    by_size.set_xlabel(f"object size, at N = {num_regions}")
+    for ax in (by_number, by_size):
+        ax.set_ylabel(f"{measure} (%)")
+        ax.set_ylim(-0.03 * ax.get_ylim()[1], None)  # a marker at 0 is whole
+    made.legend(*by_number.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
+    made.suptitle(wrapped(title, 110), fontsize=11)
+    return made
+
+
+def _with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, **style: Any) -> None:
+    below, above = rows["mean"] - rows["low"], rows["high"] - rows["mean"]
+    ax.errorbar(x, 100 * rows["mean"], 100 * np.vstack((below, above)).clip(min=0), **style)
