@@ -107,6 +107,14 @@ class StudyResult:
     differences: tuple[Difference, ...]
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every setting has its interval or failed, and every pair that can be compared is."""
+        there = [bool(outcome.interval) for outcome in self.outcomes]
+        compared = sum(there[a] and there[b] for a, b in self.study.pairs)
+        told = all(outcome.interval or outcome.error.startswith("failed") for outcome in self.outcomes)
+        return told and any(there) and len(self.differences) == compared
+
+    @property
     def title(self) -> str:
         """The profile, the length of the runs, and the data that they were tested on."""
         data = next(record.content["data"] for outcome in self.outcomes for record in outcome.records)

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -276,7 +276,7 @@ class Workspace:
         keys = self.known_keys(config)
         for folder in dict.fromkeys((self.folder, self.local_folder)):
             for record in read_records(folder):
-                if record.config == config and is_current(record, keys):
+                if is_current(record, keys) and record.config == config:
                     return record
         return None
 
@@ -369,17 +369,14 @@ class Workspace:
     def test(self, scored: Scored) -> Mapping[str, Any]:
         """A run's metrics when it is tested with other values than it was trained with; kept as a record of its own."""
         record = self.run(scored.config)
-        name = f"{evaluation_id(record.run_id, scored.differs)}.json"
-        kept = self._kept("evaluations", name)
-        if kept is None:
-            kept = self._test(scored, record, name)
-        return kept
+        name = evaluation_id(record.run_id, scored.differs)
+        return self.keep("evaluations", name, lambda: self._test(scored, record))
 
-    def _test(self, scored: Scored, record: Record, name: str) -> Mapping[str, Any]:
+    def _test(self, scored: Scored, record: Record) -> dict[str, Any]:
         scores, seconds = self._scores_with(scored)
         config, test = scored.config.vary(**scored.differs), self.data(scored.config).test
         mcar, _ = build_model(config.vary(weights="none"), len(test.classes))
-        content = {
+        return {
             "format": RECORD_FORMAT,
             "run_id": record.run_id,
             "label": scored.config.label,
@@ -391,8 +388,6 @@ class Workspace:
             },
             "environment": describe_environment(self.profile.threads),
         }
-        write_json(self.local_folder / "evaluations" / name, content)
-        return content
 
     def _scores_with(self, scored: Scored) -> tuple[StreamScores, float]:
         """Test scores of a run with other values than its own, and the seconds they took; made once and kept."""
@@ -425,35 +420,32 @@ class Workspace:
         ids = [[item.id(run) for item, run in zip(*pair, strict=True)] for pair in zip(groups, runs, strict=True)]
         resamples = self.profile.bootstrap_resamples
         key = comparison_key(ids[0], ids[1], epoch, resamples)
-        name = f"{content_id(key)}.json"
-        kept = self._kept("comparisons", name)
-        if kept is not None:
-            return kept
-        targets = self.data(groups[0][0].config).test.targets
-        scores = [torch.stack([self._stream_scores(item, epoch) for item in group]) for group in groups if group]
-        result = (
-            paired_bootstrap(scores[0], scores[1], targets, resamples)
-            if b
-            else bootstrap_interval(scores[0], targets, resamples)
-        )
-        content = {
-            "format": RECORD_FORMAT,
-            **key,
-            **{
+
+        def made() -> dict[str, Any]:
+            targets = self.data(groups[0][0].config).test.targets
+            scores = [torch.stack([self._stream_scores(item, epoch) for item in group]) for group in groups if group]
+            result = (
+                paired_bootstrap(scores[0], scores[1], targets, resamples)
+                if b
+                else bootstrap_interval(scores[0], targets, resamples)
+            )
+            labels = {
                 f"{side}_labels": [item.config.label for item in group]
                 for side, group in zip("ab", groups, strict=True)
-            },
-            "confidence": 0.95,
-            **asdict(result),
-        }
-        write_json(self.local_folder / "comparisons" / name, content)
-        return content
+            }
+            of_runs = sorted({run for group in runs for run in group})
+            return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **asdict(result)}
 
-    def _kept(self, kind: str, name: str) -> Mapping[str, Any] | None:
+        return self.keep("comparisons", content_id(key), made)
+
+    def keep(self, kind: str, name: str, make: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
+        """The content of <profile>/<kind>/<name>.json, made and written to the local results if there is none."""
         for folder in dict.fromkeys((self.folder, self.local_folder)):
-            if (folder / kind / name).exists():
-                return read_json(folder / kind / name)
-        return None
+            if (folder / kind / f"{name}.json").exists():
+                return read_json(folder / kind / f"{name}.json")
+        content = make()
+        write_json(self.local_folder / kind / f"{name}.json", content)
+        return content
 
 
 def main_grid(profile: Profile) -> dict[str, list[RunConfig]]:
@@ -471,15 +463,16 @@ def evaluation_id(run_id: str, changes: Mapping[str, object]) -> str:
 
 def current_record(records: Sequence[Record], config: RunConfig) -> Record | None:
     """The record of a run among records; raises ResultsError if there is none but one of other arithmetic."""
-    of_run = [record for record in records if record.config == config]
-    for record in of_run:
-        if record.content["keys"]["arithmetic"] == arithmetic_fingerprint():
+    current = {"arithmetic": arithmetic_fingerprint()}
+    for record in records:
+        if is_current(record, current) and record.config == config:
             return record
-    if of_run:
-        raise ResultsError(
-            f"{of_run[0].path} was made by other arithmetic than today's; run it again: "
-            f"mcar reproduce --profile {of_run[0].content['profile']}, then mcar publish"
-        )
+    for record in records:
+        if not is_current(record, current) and record.content.get("label") == config.label:
+            raise ResultsError(
+                f"{record.path} was made by other arithmetic than today's; run it again: "
+                f"mcar reproduce --profile {record.content['profile']}, then mcar publish"
+            )
     return None
 
 
@@ -490,7 +483,7 @@ def comparison_key(a: Sequence[str], b: Sequence[str], epoch: str, num_resamples
 
 def is_current(record: Record, keys: Mapping[str, str]) -> bool:
     """Whether a record was made by today's arithmetic, data and weights, as far as these keys tell."""
-    return all(record.content["keys"].get(name) == value for name, value in keys.items())
+    return all(record.content.get("keys", {}).get(name) == value for name, value in keys.items())
 
 
 def run_id_of(config: RunConfig, keys: Mapping[str, str]) -> str:

@@ -374,8 +374,8 @@ def regions_found(rows: pd.DataFrame, measure: str, num_regions: int, title: str
         numbers = of_way[of_way["size"] == "all"]
         sizes = of_way[(of_way["N"] == num_regions) & (of_way["size"] != "all")]
         style = {"marker": marker, "color": colour, "capsize": 3, "label": way}
-        _with_intervals(by_number, numbers["N"] + 0.12 * (place - 1.5), numbers, linestyle="-", **style)
-        _with_intervals(by_size, np.arange(len(sizes)) + 0.16 * (place - 1.5), sizes, linestyle="none", **style)
+        _percent_with_intervals(by_number, numbers["N"] + 0.12 * (place - 1.5), numbers, linestyle="-", **style)
+        _percent_with_intervals(by_size, np.arange(len(sizes)) + 0.16 * (place - 1.5), sizes, linestyle="none", **style)
     by_size.set_xticks(range(len(sizes)), [f"{row.size}\n{row.objects:,} objects" for row in sizes.itertuples()])
     by_number.set_xticks(sorted(set(shown["N"])))
     by_number.set_xlabel("number of regions N")
@@ -388,6 +388,6 @@ def regions_found(rows: pd.DataFrame, measure: str, num_regions: int, title: str
     return made
 
 
-def _with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, **style: Any) -> None:
+def _percent_with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, **style: Any) -> None:
     below, above = rows["mean"] - rows["low"], rows["high"] - rows["mean"]
     ax.errorbar(x, 100 * rows["mean"], 100 * np.vstack((below, above)).clip(min=0), **style)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from mcar_lib import plots
 from mcar_lib.ablations import StudyResult, difference_rows, load_study, studies, study_table
+from mcar_lib.attention import FOUND, load_regions, overlap_table, pointing_table, upsampled
 from mcar_lib.config import Profile
 from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import (
@@ -20,6 +22,7 @@ from mcar_lib.experiment import (
     METHOD,
     OPERATING_POINTS,
     Record,
+    Workspace,
     comparison_key,
     content_id,
     current_record,
@@ -250,13 +253,27 @@ def write_profile(folder: Path, profile: Profile) -> list[Path]:
         written += _write_table(folder, name, study_table(study), study.title)
         written += _write_table(folder, f"{name}_differences", difference_rows(study), study.title, digits=3)
         written.append(plots.save(study_figure(study), folder / "figures" / f"{name}.png"))
-    return written
+    return written + _write_regions(folder, profile)
+
+
+def _write_regions(folder: Path, profile: Profile) -> list[Path]:
+    """What notebook 9 measured: tables, the figure, and a gallery where the images are the embedded ones."""
+    record = load_regions(folder, profile)
+    if record is None:
+        return []
+    title = f"{profile.title}: {record['data']}"
+    written = _write_table(folder, "attentional_regions", overlap_table(record, profile.run.num_regions), title)
+    written += _write_table(folder, "pointing_game", pointing_table(record), title)
+    made = {"attentional_regions": regions_figure(record, profile)}
+    if profile.run.dataset == "scenes":
+        made["attention_gallery"] = gallery_figure(record, Workspace(profile, verbose=False))
+    return written + [plots.save(each, folder / "figures" / f"{name}.png") for name, each in made.items()]
 
 
 def load_studies(folder: Path, profile: Profile) -> dict[str, StudyResult]:
-    """The ablations of one results/<profile> folder that have runs, by name."""
+    """The ablations of one results/<profile> folder whose runs have all been made, by name."""
     found = {name: load_study([folder], profile, study) for name, study in studies(profile).items()}
-    return {name: result for name, result in found.items() if result is not None}
+    return {name: result for name, result in found.items() if result is not None and result.is_complete}
 
 
 def study_figure(result: StudyResult) -> Any:
@@ -270,6 +287,27 @@ def study_figure(result: StudyResult) -> Any:
     if result.study.name == "num_regions":
         return plots.study_along(table, result.title, reference="N =", xlabel="N, the number of regions")
     return plots.study_settings(table, result.title)
+
+
+def regions_figure(record: Mapping[str, Any], profile: Profile) -> Any:
+    """Objects found by number of regions and by object size, for each way to choose regions."""
+    title = f"{profile.title}: {record['data']}"
+    return plots.regions_found(pd.DataFrame(record["overlap"]), FOUND, profile.run.num_regions, title)
+
+
+def gallery_figure(record: Mapping[str, Any], workspace: Workspace) -> Any:
+    """The gallery of a regions record, over the images of the workspace's data."""
+    config = workspace.profile.run
+    squares = workspace.resized(workspace.data(config).test, config.image_size)
+    shown = record["gallery"]
+    return plots.attention_gallery(
+        [squares[at] for at in range(len(shown))],
+        [upsampled(each["cells"], config.image_size) for each in shown],
+        [torch.tensor(each["boxes"]) for each in shown],
+        [each["labels"] for each in shown],
+        [each["annotated"] for each in shown],
+        config.threshold,
+    )
 
 
 def _write_table(folder: Path, name: str, table: pd.DataFrame, title: str, digits: int = 1) -> list[Path]:

@@ -108,9 +108,11 @@ def publish(profile: str) -> None:
     if not records:
         raise ResultsError(f"{local} has no current run records; first: mcar reproduce --profile {profile}")
     evaluations = _of_runs(local / "evaluations", records, lambda content: [content["run_id"]])
+    regions = _of_runs(local / "regions", records, lambda content: [content["run_id"]])
     comparisons = _of_runs(local / "comparisons", records, lambda content: content["runs"])
     _replace_folder(target / "runs", list(records.values()))
     _replace_folder(target / "evaluations", evaluations)
+    _replace_folder(target / "regions", regions)
     _replace_folder(target / "comparisons", comparisons)
     say(f"{target}: {len(records)} runs, {len(evaluations)} evaluations, {len(comparisons)} comparisons")
     rebuild(root)
@@ -175,12 +177,14 @@ def _train_for(notebooks: Sequence[Path], workspace: Workspace) -> None:
 
 
 def runs_of(notebook: Path, profile: Profile) -> list[RunConfig]:
-    """The runs that a notebook asks for, by its name: NN_ablation_<study>, else the main comparison."""
-    _, is_ablation, name = notebook.stem.partition("_ablation_")
-    if is_ablation:
-        found = studies(profile).get(name)
+    """The runs that a notebook asks for, by its name: those of a study, of the main comparison, or the run itself."""
+    _, _, name = notebook.stem.partition("_")
+    if name.startswith("ablation_"):
+        found = studies(profile).get(name.removeprefix("ablation_"))
         return found.runs if found else []
-    return [] if notebook.stem.startswith("01") else [run for group in main_grid(profile).values() for run in group]
+    if name == "main_results":
+        return [run for group in main_grid(profile).values() for run in group]
+    return [profile.run] if name in ("training", "attentional_regions") else []
 
 
 def _run_once(notebook: Path, output: Path, parameters: Mapping[str, str], root: Path, folder: Path) -> bool:
@@ -269,7 +273,10 @@ def _kernel_of_this_python() -> type:
 
 
 def _replace_folder(target: Path, files: Sequence[Path]) -> None:
-    """Puts copies of files in place of a folder, whole or not at all."""
+    """Puts copies of files in place of a folder, whole or not at all; no files, no folder."""
+    if not files:
+        shutil.rmtree(target, ignore_errors=True)
+        return
     with tempfile.TemporaryDirectory(dir=_made(target.parent), prefix=".publish-") as scratch:
         for path in files:
             shutil.copy(path, _made(Path(scratch) / "new"))

@@ -433,7 +433,7 @@ def write_record(path: Path, run_id: str, arithmetic: str | None = None) -> None
 
 def write_comparison(path: Path, a: str, b: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"a": [a], "b": [b]}))
+    path.write_text(json.dumps({"a": [a], "b": [b], "runs": [a, b]}))
 
 
 @pytest.fixture

@@ -426,9 +426,8 @@ def test_a_record_with_an_edited_configuration_is_not_taken(
         ("{", "cannot be read as JSON"),
         ("[]", "holds no JSON object"),
         ("{}", "not a run record of format 1; move it away"),
-        ('{"format": 1, "config": {"colour": "red"}}', "colour: Extra inputs are not permitted; move it away"),
     ],
-    ids=["broken", "no object", "another format", "unknown configuration"],
+    ids=["broken", "no object", "another format"],
 )
 def test_a_file_that_is_no_record_is_named(
     workspace: Workspace, record: Record, tiny_config: RunConfig, text: str, message: str
@@ -436,6 +435,21 @@ def test_a_file_that_is_no_record_is_named(
     record.path.write_text(text)
     with pytest.raises(ResultsError, match=f"{record.path.name}.*{message}"):
         workspace.find(tiny_config)
+
+
+def test_a_current_record_with_an_unknown_option_is_named(
+    workspace: Workspace, record: Record, tiny_config: RunConfig
+) -> None:
+    rewrite(record, config={"colour": "red"})
+    with pytest.raises(ResultsError, match=f"{record.path.name}.*colour: Extra inputs are not permitted; move it away"):
+        workspace.find(tiny_config)
+
+
+def test_a_record_of_other_arithmetic_may_have_unknown_options(
+    open_workspace: OpenWorkspace, record: Record, tiny_config: RunConfig
+) -> None:
+    rewrite(record, config={"colour": "red"}, keys={**record.content["keys"], "arithmetic": "other"})
+    assert open_workspace().find(tiny_config) is None
 
 
 def test_a_record_is_found_without_its_data(

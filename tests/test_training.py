@@ -31,6 +31,7 @@ from mcar_lib.recipe import (
     TrainingImages,
     build_optimizer,
     build_schedule,
+    forward_in_groups,
 )
 from mcar_lib.training import CHECKPOINT, PREVIOUS, EpochResult, Fit, evaluate, fit, stream_map, write_atomically
 
@@ -647,3 +648,31 @@ def test_a_warm_up_of_exactly_one_step_is_refused(workspace: Workspace) -> None:
     config = workspace.profile.run.vary(schedule="onecycle", warmup=0.2, epochs=1, batch_size=-(-images // 5))
     with pytest.raises(ConfigError, match="single step"):
         workspace.run(config)
+
+
+# ---- batch statistics over a part of the batch
+
+
+def test_groups_of_a_batch_have_their_own_batch_statistics(tiny_model: Callable[..., MCAR]) -> None:
+    """As on the release's four GPUs: each group alone gives the same logits as that group within the batch."""
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    grouped = forward_in_groups(tiny_model().train(), images, 4)
+    first = tiny_model().train()(images[:4])
+    torch.testing.assert_close(grouped.global_logits[:4], first.global_logits)
+    torch.testing.assert_close(grouped.local_logits[:4], first.local_logits)
+    whole = forward_in_groups(tiny_model().train(), images, 0)
+    assert not torch.allclose(grouped.global_logits, whole.global_logits)
+
+
+@pytest.mark.parametrize("size", [0, 8, 100])
+def test_a_group_as_large_as_the_batch_is_the_batch(tiny_model: Callable[..., MCAR], size: int) -> None:
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    grouped, whole = forward_in_groups(tiny_model().train(), images, size), tiny_model().train()(images)
+    assert torch.equal(grouped.global_logits, whole.global_logits)
+
+
+def test_groups_work_for_the_global_stream_alone_and_in_training(train: Train, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=8, statistics_batch=4)
+    state, _ = train(tmp_path, recipe)
+    other, _ = train(tmp_path / "whole", Recipe(epochs=1, batch_size=8))
+    assert state.history[0].global_loss != other.history[0].global_loss
