@@ -27,13 +27,15 @@ def test_stored_outputs_follow_from_the_committed_records() -> None:
 
 
 @pytest.mark.slow
-def test_smoke_runs_every_notebook_and_a_second_time_trains_nothing(
+def test_smoke_runs_every_notebook_and_a_second_time_trains_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MCAR_ARTIFACTS", str(tmp_path / "artifacts"))
     reproduce("smoke", only=[], results=tmp_path / "results", data_root=None)  # raises if a notebook fails
     records = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
-    written = {path: path.stat().st_mtime_ns for path in records}
+    executed = sorted((tmp_path / "results/smoke/notebooks").glob("*.ipynb"))
+    assert [path.name for path in executed] == [path.name for path in NOTEBOOKS]
+    written = {path: path.stat().st_mtime_ns for path in (*records, *executed)}
     wanted = {run.model_dump_json() for path in NOTEBOOKS for run in runs_of(path, load_profile("smoke"))}
     assert len(written) == len(wanted)
     for name in ("main_results", *(f"ablation_{study}" for study in studies(load_profile("smoke")))):
@@ -41,8 +43,8 @@ def test_smoke_runs_every_notebook_and_a_second_time_trains_nothing(
         assert (tmp_path / f"results/smoke/figures/{name}.png").exists()
 
     reproduce("smoke", only=[], results=tmp_path / "results", data_root=None)
-    again = sorted((tmp_path / "results/smoke/runs").glob("*.json"))
-    assert {path: path.stat().st_mtime_ns for path in again} == written
+    assert sorted((tmp_path / "results/smoke/runs").glob("*.json")) == records
+    assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
