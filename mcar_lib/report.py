@@ -33,8 +33,9 @@ from mcar_lib.experiment import (
 )
 from mcar_lib.training import write_atomically
 
-# A rerun elsewhere may differ in the last bit of every sum; training makes up to this much of it in mAP.
-TOLERANCE = 0.03
+# A rerun elsewhere differs in the last bit of every sum, and training enlarges that. Of the six mini runs of the main
+# comparison on a CPU with AVX2 and on one with AVX-512, the two furthest apart differed by 0.044 in mAP.
+TOLERANCE = 0.06
 
 
 @dataclass(frozen=True)
