@@ -1,6 +1,8 @@
 """The notebooks: the committed ones follow from the committed records, and every cell of each runs under smoke."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from real_photos import real_voc2007
 from mcar_lib.ablations import studies
 from mcar_lib.config import load_profile
 from mcar_lib.experiment import Workspace, main_grid, read_records
-from mcar_lib.reproduce import SHOWN_IN_NOTEBOOKS, reproduce, runs_of
+from mcar_lib.reproduce import SHOWN_IN_NOTEBOOKS, drifted, reproduce, runs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -71,3 +73,16 @@ def test_committed_records_were_made_by_todays_arithmetic_data_and_weights(profi
     stale = [record.path.name for record in records if record.content["keys"] != workspace.keys(record.config)]
     assert stale == []
     assert [config.label for config in wanted if not any(record.config == config for record in records)] == []
+
+
+@pytest.mark.slow
+def test_a_tampered_record_is_noticed(tmp_path: Path) -> None:
+    """A number that no run gave makes the tables drift, and so `make test` fail."""
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("local"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    config = studies(load_profile(SHOWN_IN_NOTEBOOKS))["pooling"].runs[-1]
+    (record,) = (each for each in read_records(tmp_path / "results" / SHOWN_IN_NOTEBOOKS) if each.config == config)
+    content = json.loads(record.path.read_text())
+    content["metrics"]["last"]["fused"]["mAP"] += 0.01
+    record.path.write_text(json.dumps(content))
+    assert Path(f"results/{SHOWN_IN_NOTEBOOKS}/tables/ablation_pooling.csv") in drifted(tmp_path)
