@@ -26,7 +26,7 @@ from mcar_lib.experiment import (
     read_json,
     read_records,
 )
-from mcar_lib.grid import forget_failure, note_failure, read_failures, run_grid
+from mcar_lib.grid import failure_name, forget_failure, note_failure, read_failures, run_grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +128,6 @@ class StudyResult:
 
 def studies(profile: Profile) -> dict[str, Study]:
     """The ablations of a profile by name: pooling, input_size, backbone, num_regions, regions."""
-    axes = profile.ablations
     made = {
         "pooling": _both_models(profile, "pooling", "pooling", "pooling"),
         "input_size": _both_models(profile, "input_size", "image_size", "input size"),
@@ -136,7 +135,7 @@ def studies(profile: Profile) -> dict[str, Study]:
         "num_regions": _num_regions(profile),
         "regions": _regions(profile),
     }
-    return {name: study for name, study in made.items() if study is not None and axes}
+    return {name: study for name, study in made.items() if study is not None}
 
 
 def study_of(profile: Profile, name: str) -> Study:
@@ -255,7 +254,9 @@ def _try_test(workspace: Workspace, scored: Scored) -> None:
 
 
 def _test_name(scored: Scored) -> str:
-    return "-".join([scored.config.label, "tested", *(f"{key}={value}" for key, value in scored.differs.items())])
+    return "-".join(
+        [failure_name(scored.config), "tested", *(f"{key}={value}" for key, value in scored.differs.items())]
+    )
 
 
 def load_study(folders: Sequence[Path], profile: Profile, study: Study) -> StudyResult | None:
@@ -286,10 +287,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _key(config: RunConfig) -> str:
-    return config.model_dump_json()
-
-
 def _outcome(
     folders: Sequence[Path],
     profile: Profile,
@@ -301,7 +298,7 @@ def _outcome(
     metrics, costs = [], []
     for scored, record in zip(setting.scores, found, strict=True):
         if record is None:
-            failed = failures.get(scored.config.label)
+            failed = failures.get(failure_name(scored.config))
             return Outcome(setting, (), (), (), None, f"failed: {failed}" if failed else "not run")
         evaluation = _evaluation(folders, scored, record)
         if evaluation is None:

@@ -20,7 +20,7 @@ import torch
 
 from mcar_lib.config import Profile, RunConfig
 from mcar_lib.errors import MCARError
-from mcar_lib.experiment import Record, Workspace, read_json, write_json
+from mcar_lib.experiment import Record, Workspace, content_id, read_json, write_json
 from mcar_lib.progress import format_seconds, say
 
 MAX_AT_ONCE = 8  # each holds one to two GiB
@@ -76,6 +76,11 @@ def read_failures(folder: Path) -> dict[str, str]:
     return {path.stem: str(read_json(path)["error"]) for path in sorted((folder / "failures").glob("*.json"))}
 
 
+def failure_name(config: RunConfig) -> str:
+    """What the note of a run's failure is named: labels alone do not tell the lengths of runs apart."""
+    return f"{config.label}-{content_id(config.model_dump(mode='json'))}"
+
+
 def note_failure(folder: Path, name: str, error: str) -> None:
     """Keeps in results/<profile>/failures why something failed."""
     with contextlib.suppress(MCARError):  # a folder that cannot be written is itself the failure
@@ -90,10 +95,10 @@ def forget_failure(folder: Path, name: str) -> None:
 def _note_outcome(workspace: Workspace, config: RunConfig, error: str | None) -> Record | Failure:
     record = workspace.find(config) if error is None else None
     if record is not None:
-        forget_failure(workspace.local_folder, config.label)
+        forget_failure(workspace.local_folder, failure_name(config))
         return record
     failure = Failure(config.label, error or "the run ended without a record")
-    note_failure(workspace.local_folder, failure.label, failure.error)
+    note_failure(workspace.local_folder, failure_name(config), failure.error)
     return failure
 
 

@@ -13,7 +13,7 @@ from mcar_lib import grid
 from mcar_lib.config import Profile, RunConfig, load_profile
 from mcar_lib.errors import TrainingError
 from mcar_lib.experiment import Record, Workspace
-from mcar_lib.grid import Failure, read_failures, relative_cost, run_grid, runs_at_once
+from mcar_lib.grid import Failure, failure_name, read_failures, relative_cost, run_grid, runs_at_once
 
 OpenWorkspace = Callable[..., Workspace]
 TOO_MANY_REGIONS = 21  # of 20 classes: told when the run starts, not before
@@ -62,7 +62,7 @@ def test_a_failure_is_noted_until_the_run_succeeds(
     with monkeypatch.context() as patch:
         patch.setattr(workspace, "run", diverge)
         run_grid(workspace, [tiny_config])
-    assert read_failures(workspace.local_folder) == {tiny_config.label: "TrainingError: the loss is nan"}
+    assert read_failures(workspace.local_folder) == {failure_name(tiny_config): "TrainingError: the loss is nan"}
     run_grid(workspace, [tiny_config])
     assert read_failures(workspace.local_folder) == {}
 
