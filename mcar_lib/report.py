@@ -16,6 +16,7 @@ from mcar_lib import plots
 from mcar_lib.ablations import StudyResult, difference_rows, load_study, studies, study_table
 from mcar_lib.attention import FOUND, load_regions, overlap_table, pointing_table, upsampled
 from mcar_lib.config import Profile
+from mcar_lib.data.transforms import resize_square
 from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import (
     BASELINE,
@@ -299,10 +300,9 @@ def regions_figure(record: Mapping[str, Any], profile: Profile) -> Any:
 def gallery_figure(record: Mapping[str, Any], workspace: Workspace) -> Any:
     """The gallery of a regions record, over the images of the workspace's data."""
     config = workspace.profile.run
-    squares = workspace.resized(workspace.data(config).test, config.image_size)
-    shown = record["gallery"]
+    test, shown = workspace.data(config).test, record["gallery"]
     return plots.attention_gallery(
-        [squares[at] for at in range(len(shown))],
+        [resize_square(test.image(at), config.image_size) for at in range(len(shown))],
         [upsampled(each["cells"], config.image_size) for each in shown],
         [torch.tensor(each["boxes"]) for each in shown],
         [each["labels"] for each in shown],
