@@ -186,12 +186,12 @@ def submit(
 @app.command()
 def data(
     action: Annotated[Action, typer.Argument(help="check reads all again, whatever prepare left a note of.")],
-    name: Annotated[str | None, typer.Argument(metavar="DATASET", help="As --dataset.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="DATASET", help="voc2007, ...: as --dataset.")] = None,
     dataset: Annotated[str | None, typer.Option(help="scenes, voc2007, voc2012, coco2014 or table.")] = None,
     data_root: DataRoot = None,
     settings: Settings = None,
     artifacts: Artifacts = None,
-    keep_archives: Annotated[bool, typer.Option("--keep-archives", help="get: keep what was fetched.")] = False,
+    keep_archives: Annotated[bool, typer.Option("--keep-archives", help="get: keep the archives too.")] = False,
 ) -> None:
     """get: fetch voc2007, voc2012 or coco2014, going on where a transfer broke. check, prepare: read every image and
     label, print what is in it and what of the published data set is missing; scenes are composed if need be."""

@@ -276,7 +276,7 @@ def _transfer(session: "Session", url: str, archive: Archive, root: Path, verbos
 
 
 def _headers(url: str, archive: Archive, part: Path, receipt: _Receipt) -> dict[str, str]:
-    """Asks for the rest of FILE.part, if it can be a part of what this address serves."""
+    """Asks for the rest of FILE.part; one that cannot be a part of what this address serves is deleted first."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "mcar-lib"}
     have = _size(part)
     same = url == receipt.url and receipt.validator
