@@ -380,6 +380,17 @@ def test_another_size_on_the_server_is_refused_before_the_transfer(voc: Voc) -> 
     assert voc.downloads == []
 
 
+def test_a_page_instead_of_the_file_costs_nothing_of_what_is_here(voc: Voc) -> None:
+    part = voc.root / "downloads" / f"{TEST_TAR}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(voc.server.files[TEST_TAR][:CUT])
+    voc.server.files["page"] = b"<html>log in first</html>" * CUT
+    voc.server.ranges = False
+    with pytest.raises(DataError, match=f"{CUT:,} bytes of it are here and stay"):
+        voc.get(replace(voc.test, urls=(voc.server.url("page"),)))
+    assert part.stat().st_size == CUT
+
+
 # ---- wrong and malicious archives
 
 

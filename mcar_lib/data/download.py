@@ -310,8 +310,9 @@ def _agree(response: "Response", archive: Archive, part: Path, receipt: _Receipt
         raise _BrokenError(f"HTTP {status} {response.reason}")
     else:
         raise _NotServedError(f"HTTP {status} {response.reason}")
-    if archive.size is not None and total is not None and total != archive.size:
-        raise _NotServedError(f"serves {total:,} bytes, {archive.size:,} are right")
+    if archive.size is not None and total != archive.size:  # a login page, say; what is here is not given up for it
+        served = "an unknown number of" if total is None else f"{total:,}"
+        raise _NotServedError(f"serves {served} bytes, {archive.size:,} are right")
     return start, total
 
 
