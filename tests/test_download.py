@@ -1,5 +1,6 @@
 """Fetching data sets: broken transfers, wrong and malicious archives, full disks; from a server on this machine."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -88,7 +89,8 @@ def answer(server: Server, request: BaseHTTPRequestHandler) -> None:
         request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
     request.end_headers()
     cut = server.cut_after.pop(0) if server.cut_after else len(content)
-    request.wfile.write(content[start : start + cut])
+    with contextlib.suppress(ConnectionError):  # the client may hang up
+        request.wfile.write(content[start : start + cut])
     request.close_connection = True
 
 
