@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mcar_lib.config import RunConfig
     from mcar_lib.data import ImageSet
     from mcar_lib.experiment import Workspace
+    from mcar_lib.model import MCAR
+    from mcar_lib.recipe import MeanStd, StreamScores
 
 EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
 EPILOG = (
@@ -58,6 +60,7 @@ app = typer.Typer(
 
 
 class Action(StrEnum):
+    GET = "get"
     PREPARE = "prepare"
     CHECK = "check"
 
@@ -148,29 +151,98 @@ def evaluate(
 
 
 @app.command()
+def submit(
+    dataset: Annotated[str, typer.Argument(help="voc2012: the one data set whose test labels a server holds.")],
+    profile: ProfileName = "mini",
+    settings: Settings = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to score with; else those of the run.")] = None,
+    release: Annotated[bool, typer.Option("--release", help="The checkpoint is one of the paper's release.")] = False,
+    output: Annotated[Path, typer.Option(help="The archive to write.")] = Path("voc2012-test.tar.gz"),
+    results: ResultsFolder = None,
+    data_root: DataRoot = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Score the photos of VOC2012 test and write the archive that the PASCAL server takes. Trains nothing."""
+    from mcar_lib.data import load_voc
+    from mcar_lib.submission import write_voc2012_submission
+
+    if dataset != "voc2012":
+        raise typer.BadParameter(f"{dataset!r}: only the test labels of voc2012 are held by a server")
+    if release and checkpoint is None:
+        raise typer.BadParameter("--release needs --checkpoint FILE")
+    workspace, config = _open(profile, settings, results, data_root, artifacts)
+    images = load_voc(_data_root(workspace, dataset), "2012", "test", labelled=False)
+    weights = checkpoint or _trained_weights(workspace, config)
+    mcar, mean_std = _load_weights(config, len(images.classes), weights, release)
+    _prepare(workspace, images, workspace.artifacts / "data" / "checked")
+    scores = _score(workspace, config, mcar, mean_std, images)
+    path = write_voc2012_submission(output, images.ids, images.classes, scores.fused)
+    typer.echo(f"{path}: {images.title}, {len(images):,} images, {len(images.classes)} classes")
+    if images.is_subset:
+        typer.echo(f"the server wants scores of all {images.official_size:,} images")
+    typer.echo("upload it, after a login, at http://host.robots.ox.ac.uk:8080: VOC2012, classification, comp2")
+
+
+@app.command()
 def data(
     action: Annotated[Action, typer.Argument(help="check reads all again, whatever prepare left a note of.")],
-    dataset: Annotated[str, typer.Option(help="scenes, voc2007, voc2012, coco2014 or table.")],
+    name: Annotated[str | None, typer.Argument(metavar="DATASET", help="voc2007, ...: as --dataset.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="scenes, voc2007, voc2012, coco2014 or table.")] = None,
     data_root: DataRoot = None,
     settings: Settings = None,
     artifacts: Artifacts = None,
+    keep_archives: Annotated[bool, typer.Option("--keep-archives", help="get: keep the archives too.")] = False,
 ) -> None:
-    """Read every image and label of a data set, and print what is in it; scenes are composed if need be."""
-    from mcar_lib.data import prepare
+    """get: fetch voc2007, voc2012 or coco2014, going on where a transfer broke. check, prepare: read every image and
+    label, print what is in it and what of the published data set is missing; scenes are composed if need be."""
+    from mcar_lib.data.download import get_data_set
     from mcar_lib.experiment import Workspace
+
+    if name and dataset and name != dataset:
+        raise typer.BadParameter(f"two data sets: {name} and --dataset {dataset}")
+    chosen = name or dataset
+    if not chosen:
+        raise typer.BadParameter(f"which data set? mcar data {action} voc2007, for example")
+    workspace = Workspace(data_root=data_root, artifacts=artifacts)
+    if action is Action.GET:
+        root = _data_root(workspace, chosen)
+        if get_data_set(chosen, root, keep_archives=keep_archives):
+            typer.echo(f"next: mcar data check {chosen} --data-root {root}")
+    else:
+        notes = workspace.artifacts / "data" / "checked" if action is Action.PREPARE else None
+        _check_data(workspace, chosen, parse_settings(settings or []), notes)
+
+
+def _check_data(workspace: "Workspace", dataset: str, options: Mapping[str, Any], notes: Path | None) -> None:
+    from mcar_lib.data import SPLITS
+    from mcar_lib.data.published import PUBLISHED, compare_with_published, load_what_is_there
+
+    classes: tuple[str, ...] = ()
+    columns, counts = ["class"], []
+    for split in SPLITS:
+        images = load_what_is_there(dataset, split, _data_root(workspace, dataset), **options)
+        published = PUBLISHED.get((dataset, split))
+        if images is None:
+            assert published is not None  # only published data sets are known to have another split
+            typer.echo(f"{published.title}: not here, all {published.images:,} published images are missing")
+            continue
+        fingerprint = _prepare(workspace, images, notes)
+        typer.echo(f"{images.title}: {len(images):,} images, fingerprint {fingerprint}")
+        for line in compare_with_published(images, published) if published else ():
+            typer.echo(f"  {line}")
+        classes = images.classes
+        if images.labelled:
+            columns += [split, f"{split} difficult"]
+            counts += [(images.targets == 1).sum(dim=0).tolist(), (images.targets == -1).sum(dim=0).tolist()]
+    _print_table(columns, zip(classes, *counts, strict=True))
+
+
+def _prepare(workspace: "Workspace", images: "ImageSet", notes: Path | None) -> str:
+    from mcar_lib.data import prepare
     from mcar_lib.progress import Progress
 
-    workspace = Workspace(data_root=data_root, artifacts=artifacts)
-    notes = workspace.artifacts / "data" / "checked" if action is Action.PREPARE else None
-    columns, counts = ["class"], []
-    for split in ("train", "test"):
-        images = _load_split(workspace, dataset, split, parse_settings(settings or []))
-        with Progress(f"checking {images.title}", len(images)) as progress:
-            fingerprint = prepare(images, notes, progress.update)
-        typer.echo(f"{images.title}: {len(images):,} images, fingerprint {fingerprint}")
-        columns += [split, f"{split} difficult"]
-        counts += [(images.targets == 1).sum(dim=0).tolist(), (images.targets == -1).sum(dim=0).tolist()]
-    _print_table(columns, zip(images.classes, *counts, strict=True))
+    with Progress(f"checking {images.title}", len(images)) as progress:
+        return prepare(images, notes, progress.update)
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -215,19 +287,12 @@ def _print_metrics(streams: Mapping[str, Any]) -> None:
 
 def _score_checkpoint(workspace: "Workspace", config: "RunConfig", path: Path, release: bool) -> dict[str, Any]:
     """The metrics of weights from a file, in the form that run records have."""
-    from mcar_lib.checkpoints import load_named, load_release_checkpoint
-    from mcar_lib.experiment import OPERATING_POINTS, STREAMS, build_model
+    from mcar_lib.experiment import OPERATING_POINTS, STREAMS
     from mcar_lib.metrics import multilabel_metrics
-    from mcar_lib.training import evaluate
-    from mcar_lib.weights import read_state_dict
 
     test = _load_split(workspace, config.dataset, "test", config.data_options)
-    mcar, mean_std = build_model(config.vary(weights="none"), len(test.classes))
-    if release:
-        load_release_checkpoint(path, mcar)
-    else:
-        load_named(mcar, read_state_dict(path), str(path))
-    scores = evaluate(mcar, workspace.resized(test, config.image_size), mean_std, config.precision, config.seed)
+    mcar, mean_std = _load_weights(config, len(test.classes), path, release)
+    scores = _score(workspace, config, mcar, mean_std, test)
     found: dict[str, Any] = {}
     for name, stream in zip(STREAMS, (*scores, scores.fused), strict=True):
         at = {point: multilabel_metrics(stream, test.targets, *limits) for point, limits in OPERATING_POINTS.items()}
@@ -235,13 +300,49 @@ def _score_checkpoint(workspace: "Workspace", config: "RunConfig", path: Path, r
     return found
 
 
+def _load_weights(config: "RunConfig", num_classes: int, path: Path, release: bool) -> tuple["MCAR", "MeanStd"]:
+    from mcar_lib.checkpoints import load_named, load_release_checkpoint
+    from mcar_lib.experiment import build_model
+    from mcar_lib.weights import read_state_dict
+
+    mcar, mean_std = build_model(config.vary(weights="none"), num_classes)
+    if release:
+        load_release_checkpoint(path, mcar)
+    else:
+        load_named(mcar, read_state_dict(path), str(path))
+    return mcar, mean_std
+
+
+def _trained_weights(workspace: "Workspace", config: "RunConfig") -> Path:
+    """The weights file of a run that was trained before."""
+    record = workspace.find(config)
+    if record is None:
+        raise ResultsError(f"there is no current record of {config.label}; mcar train with the same options makes one")
+    path = workspace.artifacts / "runs" / record.run_id / "model.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"{path}: the weights of this run are not on this machine; name some with --checkpoint FILE")
+    return path
+
+
+def _score(
+    workspace: "Workspace", config: "RunConfig", mcar: "MCAR", mean_std: "MeanStd", images: "ImageSet"
+) -> "StreamScores":
+    from mcar_lib.training import evaluate
+
+    return evaluate(mcar, workspace.resized(images, config.image_size), mean_std, config.precision, config.seed)
+
+
 def _load_split(workspace: "Workspace", dataset: str, split: str, options: Mapping[str, Any]) -> "ImageSet":
     from mcar_lib.data import load_image_set
 
+    return load_image_set(dataset, split, _data_root(workspace, dataset), **options)
+
+
+def _data_root(workspace: "Workspace", dataset: str) -> Path:
     root = workspace.artifacts / "data" if dataset == "scenes" else workspace.data_root
     if root is None:
         raise DataError(f"{dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
-    return load_image_set(dataset, split, root, **options)
+    return root
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

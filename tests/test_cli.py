@@ -32,7 +32,7 @@ from mcar_lib.experiment import Workspace, arithmetic_fingerprint
 from mcar_lib.reproduce import compare, drifted, publish, rebuild, reproduce, select_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("reproduce", "publish", "report", "train", "evaluate", "data")
+COMMANDS = ("reproduce", "publish", "report", "train", "evaluate", "submit", "data")
 PROFILE = """
 name = "tiny"
 title = "one epoch on sixteen scenes"

@@ -40,6 +40,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     read_boxes: image index -> Boxes; None where the data set has no boxes.
     official_size: number of images of the published split; None where nothing is published.
     annotation_files: the files that boxes are read from (`prepare` looks again when one of them changes).
+    labelled: False where nobody has published labels; targets are then all 0 and mean nothing.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     read_boxes: Callable[[int], Boxes] | None = None
     official_size: int | None = None
     annotation_files: tuple[Path, ...] = ()
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         size = (len(self.ids), len(self.classes))
@@ -87,7 +89,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     def title(self) -> str:
         """For captions: "VOC2007 test", or "VOC2007 test, subset of 400 of 4,952 images"."""
         subset = f", subset of {len(self):,} of {self.official_size:,} images" if self.is_subset else ""
-        return f"{self.name} {self.split}{subset}"
+        return f"{self.name} {self.split}{'' if self.labelled else ' without labels'}{subset}"
 
     def select(self, indices: Sequence[int]) -> "ImageSet":
         """The images at `indices`, in that order. Its title says of how many images it is a subset."""

@@ -1,0 +1,83 @@
+"""What a data root holds of a published data set, held against the official counts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcar_lib.data import COCO_SPLITS, SPLITS, VOC_SPLITS, load_image_set
+from mcar_lib.data.coco import COCO_OFFICIAL_SIZES
+from mcar_lib.data.image_set import ImageSet
+from mcar_lib.data.voc import VOC_OFFICIAL_SIZES, find_voc_folder, load_voc
+from mcar_lib.errors import DataError
+
+# Objects that are not difficult (statistics of the VOC 2007 challenge).
+VOC_OFFICIAL_OBJECTS = {("2007", "trainval"): 12608, ("2007", "test"): 12032}
+
+
+@dataclass(frozen=True)
+class PublishedSplit:
+    """The official counts of a split: images (COCO: those with a label) and objects that are not difficult.
+
+    objects: None where no count is published, or no annotations are.
+    """
+
+    title: str
+    images: int
+    objects: int | None = None
+
+
+def _voc(year: str, split: str) -> PublishedSplit:
+    key = (year, split)
+    return PublishedSplit(f"VOC{year} {split}", VOC_OFFICIAL_SIZES[key], VOC_OFFICIAL_OBJECTS.get(key))
+
+
+PUBLISHED: Mapping[tuple[str, str], PublishedSplit] = {
+    **{(f"voc{year}", name): _voc(year, split) for year in ("2007", "2012") for name, split in VOC_SPLITS.items()},
+    **{
+        ("coco2014", name): PublishedSplit(f"COCO2014 {split}", COCO_OFFICIAL_SIZES[split])
+        for name, split in COCO_SPLITS.items()
+    },
+}
+"""(data set, "train" or "test") -> the official counts."""
+
+
+def load_what_is_there(name: str, split: str, root: Path, **options: object) -> ImageSet | None:
+    """As load_image_set, but None for a split whose list is not in a root that has the other split's list.
+
+    VOC2012 test, which has no public labels, comes as an image set with labelled False.
+    """
+    if (name, split) in PUBLISHED and not _has_list(name, split, root):
+        (other,) = set(SPLITS) - {split}
+        if _has_list(name, other, root):
+            return None
+    if (name, split) == ("voc2012", "test") and _has_list(name, split, root):
+        lists = find_voc_folder(root, "2012") / "ImageSets" / "Main"
+        if not any(lists.glob("*_test.txt")):
+            return load_voc(root, "2012", "test", labelled=False)
+    return load_image_set(name, split, root, **options)
+
+
+def compare_with_published(images: ImageSet, published: PublishedSplit) -> list[str]:
+    """One line for each official count, saying what is missing; reads all boxes where the number of images is right."""
+    missing = published.images - len(images)
+    if missing > 0:
+        return [f"{missing:,} of {published.images:,} published images are missing"]
+    if missing < 0:
+        return [f"{-missing:,} images more than the {published.images:,} that are published"]
+    lines = [f"all {published.images:,} published images"]
+    if published.objects is not None and images.has_boxes:
+        found = sum(int((~images.boxes(index).difficult).sum()) for index in range(len(images)))
+        differs = "as published" if found == published.objects else f"published are {published.objects:,}"
+        lines.append(f"{found:,} objects that are not difficult, {differs}")
+    return lines
+
+
+def _has_list(name: str, split: str, root: Path) -> bool:
+    """Whether the file that says which images are in the split is there."""
+    if name == "coco2014":
+        return (root / "annotations" / f"instances_{COCO_SPLITS[split]}.json").is_file()
+    try:
+        folder = find_voc_folder(root, name.removeprefix("voc"))
+    except DataError:
+        return False
+    return (folder / "ImageSets" / "Main" / f"{VOC_SPLITS[split]}.txt").is_file()
