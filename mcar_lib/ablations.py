@@ -8,6 +8,7 @@ pair, and the p-values of one study are adjusted by Holm's method.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mcar_lib.config import Axis, Profile, RunConfig
@@ -23,16 +24,16 @@ from mcar_lib.experiment import (
     content_id,
     current_record,
     evaluation_id,
-    read_json,
+    kept,
     read_records,
 )
 from mcar_lib.grid import failure_name, forget_failure, note_failure, read_failures, run_grid
+from mcar_lib.localisation import NO_DIFFERENCE
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SIGNIFICANT = 0.05
-NO_DIFFERENCE = "no difference that this data can show"
 
 
 @dataclass(frozen=True)
@@ -271,9 +272,9 @@ def load_study(folders: Sequence[Path], profile: Profile, study: Study) -> Study
         return None
     pairs = [(outcomes[a], outcomes[b]) for a, b in study.pairs]
     found = [(a, b, _comparison(folders, profile, a, b)) for a, b in pairs if a.records and b.records]
-    kept = [(a, b, comparison) for a, b, comparison in found if comparison is not None]
-    adjusted = holm([comparison["p_value"] for _, _, comparison in kept])
-    differences = [Difference(a.setting, b.setting, c, p) for (a, b, c), p in zip(kept, adjusted, strict=True)]
+    compared = [(a, b, comparison) for a, b, comparison in found if comparison is not None]
+    adjusted = holm([comparison["p_value"] for _, _, comparison in compared])
+    differences = [Difference(a.setting, b.setting, c, p) for (a, b, c), p in zip(compared, adjusted, strict=True)]
     return StudyResult(profile, study, tuple(outcomes), tuple(differences))
 
 
@@ -307,17 +308,16 @@ def _outcome(
         metrics.append(evaluation["metrics"][scored.stream])
         costs.append(evaluation["cost"])
     present = tuple(record for record in found if record is not None)
-    interval = _kept(folders, profile, [t.id(r.run_id) for t, r in zip(setting.scores, present, strict=True)], [])
+    interval = _interval_record(
+        folders, profile, [t.id(r.run_id) for t, r in zip(setting.scores, present, strict=True)], []
+    )
     return Outcome(setting, present, tuple(metrics), tuple(costs), interval)
 
 
 def _evaluation(folders: Sequence[Path], scored: Scored, record: Record) -> Mapping[str, Any] | None:
     """Metrics by stream, and the cost, of a run as it is tested here."""
     if scored.differs:
-        name = f"{evaluation_id(record.run_id, scored.differs)}.json"
-        content = next(
-            (read_json(f / "evaluations" / name) for f in folders if (f / "evaluations" / name).exists()), None
-        )
+        content = kept(folders, "evaluations", evaluation_id(record.run_id, scored.differs))
         return content and {**content, "cost": {**record.content["cost"], **content["cost"]}}
     cost, data = record.content["cost"], record.content["data"]
     tests = record.config.epochs * data["test_images"]
@@ -330,12 +330,13 @@ def _evaluation(folders: Sequence[Path], scored: Scored, record: Record) -> Mapp
 
 def _comparison(folders: Sequence[Path], profile: Profile, a: Outcome, b: Outcome) -> Mapping[str, Any] | None:
     ids = [[t.id(r.run_id) for t, r in zip(o.setting.scores, o.records, strict=True)] for o in (a, b)]
-    return _kept(folders, profile, ids[0], ids[1])
+    return _interval_record(folders, profile, ids[0], ids[1])
 
 
-def _kept(folders: Sequence[Path], profile: Profile, a: Sequence[str], b: Sequence[str]) -> Mapping[str, Any] | None:
-    name = f"{content_id(comparison_key(a, b, 'last', profile.bootstrap_resamples))}.json"
-    return next((read_json(f / "comparisons" / name) for f in folders if (f / "comparisons" / name).exists()), None)
+def _interval_record(
+    folders: Sequence[Path], profile: Profile, a: Sequence[str], b: Sequence[str]
+) -> Mapping[str, Any] | None:
+    return kept(folders, "comparisons", content_id(comparison_key(a, b, "last", profile.bootstrap_resamples)))
 
 
 # Tables and findings -------------------------------------------------------------------------------------------------
@@ -351,11 +352,11 @@ def study_table(result: StudyResult) -> "pd.DataFrame":
         row: dict[str, Any] = {"varied": setting.varied, "value": setting.value, "model": setting.model}
         row |= {"seeds": len(setting.scores), "mAP": None, "low": None, "high": None}
         if outcome.records:
-            row["mAP"] = 100 * _mean(metrics["mAP"] for metrics in outcome.metrics)
+            row["mAP"] = 100 * fmean(metrics["mAP"] for metrics in outcome.metrics)
             row |= {end: 100 * outcome.interval[end] for end in ("low", "high") if outcome.interval}
             row["M parameters"] = outcome.costs[0]["parameters"] / 1e6
             row["GMACs an image"] = outcome.costs[0]["macs_per_image"] / 1e9
-            row["ms an image"] = _mean(cost["milliseconds_per_image"] for cost in outcome.costs)
+            row["ms an image"] = fmean(cost["milliseconds_per_image"] for cost in outcome.costs)
         row["note"] = outcome.error
         rows.append(row)
     table = pd.DataFrame(rows)
@@ -380,10 +381,7 @@ def study_finding(result: StudyResult) -> str:
     count = len(result.differences)
     sentences = []
     for difference in shown:
-        points = "{:+.1f} ({:+.1f} to {:+.1f})".format(
-            *(100 * difference.comparison[key] for key in ("difference", "low", "high"))
-        )
-        sentences.append(f"{difference.name}: {points} points of mAP.")
+        sentences.append(f"{difference.name}: {interval_text(difference.comparison)} points of mAP.")
     if not shown:
         sentences.append(f"In none of {count} comparisons is there a difference that this data can show.")
     elif len(shown) < count:
@@ -393,6 +391,7 @@ def study_finding(result: StudyResult) -> str:
     return " ".join(sentences)
 
 
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
+def interval_text(comparison: Mapping[str, Any]) -> str:
+    """'+1.3 (+0.4 to +2.2)' in points of mAP."""
+    numbers = [100 * comparison[key] for key in ("difference", "low", "high")]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)

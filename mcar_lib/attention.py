@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcar_lib import localisation
 from mcar_lib.config import Profile, RunConfig
-from mcar_lib.experiment import RECORD_FORMAT, Workspace, current_record, read_json, read_records
+from mcar_lib.experiment import RECORD_FORMAT, Workspace, current_record, kept, read_records
 from mcar_lib.machine import describe_environment
 from mcar_lib.recipe import network_input
 
@@ -32,8 +32,7 @@ def measure_regions(workspace: Workspace, config: RunConfig) -> Mapping[str, Any
 def load_regions(folder: Path, profile: Profile) -> Mapping[str, Any] | None:
     """The record of the regions of a profile's own run from one results/<profile> folder; None if there is none."""
     record = current_record(read_records(folder), profile.run)
-    path = folder / KIND / f"{record.run_id if record else None}.json"
-    return read_json(path) if path.exists() else None
+    return kept([folder], KIND, record.run_id) if record else None
 
 
 def _measured(workspace: Workspace, config: RunConfig, run_id: str) -> dict[str, Any]:

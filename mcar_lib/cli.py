@@ -22,7 +22,7 @@ from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, 
 if TYPE_CHECKING:
     from mcar_lib.config import RunConfig
     from mcar_lib.data import ImageSet
-    from mcar_lib.experiment import Workspace
+    from mcar_lib.experiment import Record, Workspace
     from mcar_lib.model import MCAR
     from mcar_lib.recipe import MeanStd, StreamScores
 
@@ -143,9 +143,7 @@ def evaluate(
     if checkpoint is not None:
         _print_metrics(_score_checkpoint(workspace, config, checkpoint, release))
         return
-    record = workspace.find(config)
-    if record is None:
-        raise ResultsError(f"there is no current record of {config.label}; mcar train with the same options makes one")
+    record = _record_of(workspace, config)
     typer.echo(f"record: {record.path}")
     _print_metrics(record.content["metrics"]["best" if best else "last"])
 
@@ -171,7 +169,7 @@ def submit(
     if release and checkpoint is None:
         raise typer.BadParameter("--release needs --checkpoint FILE")
     workspace, config = _open(profile, settings, results, data_root, artifacts)
-    images = load_voc(_data_root(workspace, dataset), "2012", "test", labelled=False)
+    images = load_voc(workspace.root_of(dataset), "2012", "test", labelled=False)
     weights = checkpoint or _trained_weights(workspace, config)
     mcar, mean_std = _load_weights(config, len(images.classes), weights, release)
     _prepare(workspace, images, workspace.artifacts / "data" / "checked")
@@ -205,7 +203,7 @@ def data(
         raise typer.BadParameter(f"which data set? mcar data {action} voc2007, for example")
     workspace = Workspace(data_root=data_root, artifacts=artifacts)
     if action is Action.GET:
-        root = _data_root(workspace, chosen)
+        root = workspace.root_of(chosen)
         if get_data_set(chosen, root, keep_archives=keep_archives):
             typer.echo(f"next: mcar data check {chosen} --data-root {root}")
     else:
@@ -220,7 +218,7 @@ def _check_data(workspace: "Workspace", dataset: str, options: Mapping[str, Any]
     classes: tuple[str, ...] = ()
     columns, counts = ["class"], []
     for split in SPLITS:
-        images = load_what_is_there(dataset, split, _data_root(workspace, dataset), **options)
+        images = load_what_is_there(dataset, split, workspace.root_of(dataset), **options)
         published = PUBLISHED.get((dataset, split))
         if images is None:
             assert published is not None  # only published data sets are known to have another split
@@ -313,12 +311,16 @@ def _load_weights(config: "RunConfig", num_classes: int, path: Path, release: bo
     return mcar, mean_std
 
 
-def _trained_weights(workspace: "Workspace", config: "RunConfig") -> Path:
-    """The weights file of a run that was trained before."""
+def _record_of(workspace: "Workspace", config: "RunConfig") -> "Record":
     record = workspace.find(config)
     if record is None:
         raise ResultsError(f"there is no current record of {config.label}; mcar train with the same options makes one")
-    path = workspace.artifacts / "runs" / record.run_id / "model.safetensors"
+    return record
+
+
+def _trained_weights(workspace: "Workspace", config: "RunConfig") -> Path:
+    """The weights file of a run that was trained before."""
+    path = workspace.artifacts / "runs" / _record_of(workspace, config).run_id / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path}: the weights of this run are not on this machine; name some with --checkpoint FILE")
     return path
@@ -335,14 +337,7 @@ def _score(
 def _load_split(workspace: "Workspace", dataset: str, split: str, options: Mapping[str, Any]) -> "ImageSet":
     from mcar_lib.data import load_image_set
 
-    return load_image_set(dataset, split, _data_root(workspace, dataset), **options)
-
-
-def _data_root(workspace: "Workspace", dataset: str) -> Path:
-    root = workspace.artifacts / "data" if dataset == "scenes" else workspace.data_root
-    if root is None:
-        raise DataError(f"{dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
-    return root
+    return load_image_set(dataset, split, workspace.root_of(dataset), **options)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -221,7 +221,7 @@ class Workspace:
         """Both splits of a configuration's data set, every file checked. Scenes are written first if need be."""
         key = json.dumps([config.dataset, config.data_options], sort_keys=True)
         if key not in self._data:
-            root = self._root_of(config)
+            root = self.root_of(config.dataset)
             if config.dataset == "scenes":
                 with Progress("drawing scenes", 1, enabled=self.verbose) as progress:
                     scenes_folder(root, progress.update, **config.data_options)
@@ -230,11 +230,12 @@ class Workspace:
             self._data[key] = Data(train, test, self._prepare(train), self._prepare(test))
         return self._data[key]
 
-    def _root_of(self, config: RunConfig) -> Path:
-        if config.dataset == "scenes":
+    def root_of(self, dataset: str) -> Path:
+        """Where a data set lies: scenes among the artifacts, any other below the data root, else DataError."""
+        if dataset == "scenes":
             return self.artifacts / "data"
         if self.data_root is None:
-            raise DataError(f"{config.dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
+            raise DataError(f"{dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
         return self.data_root
 
     def _prepare(self, images: ImageSet) -> str:
@@ -440,12 +441,18 @@ class Workspace:
 
     def keep(self, kind: str, name: str, make: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
         """The content of <profile>/<kind>/<name>.json, made and written to the local results if there is none."""
-        for folder in dict.fromkeys((self.folder, self.local_folder)):
-            if (folder / kind / f"{name}.json").exists():
-                return read_json(folder / kind / f"{name}.json")
+        found = kept((self.folder, self.local_folder), kind, name)
+        if found is not None:
+            return found
         content = make()
         write_json(self.local_folder / kind / f"{name}.json", content)
         return content
+
+
+def kept(folders: Sequence[Path], kind: str, name: str) -> Mapping[str, Any] | None:
+    """The content of <kind>/<name>.json in the first of these results/<profile> folders that has it."""
+    paths = (folder / kind / f"{name}.json" for folder in folders)
+    return next((read_json(path) for path in paths if path.exists()), None)
 
 
 def main_grid(profile: Profile) -> dict[str, list[RunConfig]]:

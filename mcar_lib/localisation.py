@@ -27,6 +27,7 @@ MEASURES = (
 )
 POINTS = ("peak of the map", "centre of the highest cell", "centre of the image", "random pixel")
 ENDS = ("mean", "low", "high")
+NO_DIFFERENCE = "no difference that this data can show"
 MAP_VALUES = 1 << 25  # upsampled map values held at a time: 128 MiB of float32
 
 
@@ -281,4 +282,4 @@ def finding(difference: Mapping[str, float], if_above: str, if_below: str) -> st
         return "nothing to compare"
     if difference["low"] > 0:
         return if_above
-    return if_below if difference["high"] < 0 else "no difference that this data can show"
+    return if_below if difference["high"] < 0 else NO_DIFFERENCE

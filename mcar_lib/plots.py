@@ -223,7 +223,8 @@ def study_settings(table: pd.DataFrame, title: str) -> Figure:
             of_model = rows[rows["model"] == model]
             shift = 0.16 * (at - (len(models) - 1) / 2)
             across = [places[value] + shift for value in of_model["value"]]
-            _with_intervals(ax, across, of_model, model if len(models) > 1 else None, _model_colour(model), "o")
+            label = model if len(models) > 1 else None
+            _with_intervals(ax, across, of_model, "mAP", label=label, color=_model_colour(model), fmt="o")
         ax.set_xticks(range(len(places)), [str(value) for value in places])
         ax.set(xlabel=varied.removesuffix(" ="), xlim=(-0.5, len(places) - 0.5))
         ax.grid(axis="x", visible=False)
@@ -247,7 +248,7 @@ def study_against_cost(
             ordered = rows.sort_values(cost)
             colour = _model_colour(str(model))
             ax.plot(ordered[cost], ordered["mAP"], "-", color=colour, linewidth=1, alpha=0.6)
-            _with_intervals(ax, ordered[cost], ordered, str(model), colour, "o")
+            _with_intervals(ax, ordered[cost], ordered, "mAP", label=str(model), color=colour, fmt="o")
             for value, x, y in zip(ordered["value"], ordered[cost], ordered["mAP"], strict=True):
                 ax.annotate(str(value), (x, y), (5, 5), textcoords="offset points", fontsize=8)
         ax.set_xscale("log")
@@ -279,7 +280,7 @@ def study_along(table: pd.DataFrame, title: str, reference: str, xlabel: str) ->
         x = [value + 0.12 * (at - (len(ways) - 1) / 2) for value in rows["value"]]
         colour, marker = ((FUSED, "o"), (LOCAL, "s"))[at % 2]
         precision.plot(x, rows["mAP"], "-", color=colour, linewidth=1, alpha=0.6)
-        _with_intervals(precision, x, rows, way.removesuffix(" ="), colour, marker)
+        _with_intervals(precision, x, rows, "mAP", label=way.removesuffix(" ="), color=colour, fmt=marker)
         if at == 0:
             cost.plot(rows["value"], rows["GMACs an image"], "o-", color=colour)
     for ax in (precision, cost):
@@ -293,10 +294,11 @@ def study_along(table: pd.DataFrame, title: str, reference: str, xlabel: str) ->
     return made
 
 
-def _with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, label: str | None, colour: Any, marker: str) -> None:
+def _with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, middle: str, **style: Any) -> None:
+    """The column middle of rows with bars from column low to high."""
     # A percentile interval need not hold its own estimate.
-    below, above = (rows["mAP"] - rows["low"]).clip(lower=0), (rows["high"] - rows["mAP"]).clip(lower=0)
-    ax.errorbar(x, rows["mAP"], yerr=[below, above], fmt=marker, color=colour, capsize=3, label=label)
+    below, above = rows[middle] - rows["low"], rows["high"] - rows[middle]
+    ax.errorbar(x, rows[middle], np.vstack((below, above)).clip(min=0), capsize=3, **style)
 
 
 def _model_colour(model: str) -> Any:
@@ -369,13 +371,14 @@ def regions_found(rows: pd.DataFrame, measure: str, num_regions: int, title: str
     """
     made, (by_number, by_size) = figure(1, 2, width=5.2, height=3.9)
     shown = rows[rows["measure"] == measure]
+    shown = shown.assign(**{end: 100 * shown[end] for end in ("mean", "low", "high")})
     for place, (way, (colour, marker)) in enumerate(WAYS.items()):
         of_way = shown[shown["regions"] == way]
         numbers = of_way[of_way["size"] == "all"]
         sizes = of_way[(of_way["N"] == num_regions) & (of_way["size"] != "all")]
-        style = {"marker": marker, "color": colour, "capsize": 3, "label": way}
-        _percent_with_intervals(by_number, numbers["N"] + 0.12 * (place - 1.5), numbers, linestyle="-", **style)
-        _percent_with_intervals(by_size, np.arange(len(sizes)) + 0.16 * (place - 1.5), sizes, linestyle="none", **style)
+        style = {"marker": marker, "color": colour, "label": way}
+        _with_intervals(by_number, numbers["N"] + 0.12 * (place - 1.5), numbers, "mean", linestyle="-", **style)
+        _with_intervals(by_size, np.arange(len(sizes)) + 0.16 * (place - 1.5), sizes, "mean", linestyle="none", **style)
     by_size.set_xticks(range(len(sizes)), [f"{row.size}\n{row.objects:,} objects" for row in sizes.itertuples()])
     by_number.set_xticks(sorted(set(shown["N"])))
     by_number.set_xlabel("number of regions N")
@@ -386,8 +389,3 @@ def regions_found(rows: pd.DataFrame, measure: str, num_regions: int, title: str
     made.legend(*by_number.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
     made.suptitle(wrapped(title, 110), fontsize=11)
     return made
-
-
-def _percent_with_intervals(ax: Axes, x: Any, rows: pd.DataFrame, **style: Any) -> None:
-    below, above = rows["mean"] - rows["low"], rows["high"] - rows["mean"]
-    ax.errorbar(x, 100 * rows["mean"], 100 * np.vstack((below, above)).clip(min=0), **style)

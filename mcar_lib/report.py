@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import torch
 
 from mcar_lib import plots
-from mcar_lib.ablations import StudyResult, difference_rows, load_study, studies, study_table
+from mcar_lib.ablations import NO_DIFFERENCE, StudyResult, difference_rows, load_study, studies, study_table
+from mcar_lib.ablations import interval_text as interval_text
 from mcar_lib.attention import FOUND, load_regions, overlap_table, pointing_table, upsampled
 from mcar_lib.config import Profile
 from mcar_lib.data.transforms import resize_square
@@ -27,9 +29,9 @@ from mcar_lib.experiment import (
     comparison_key,
     content_id,
     current_record,
+    kept,
     main_grid,
     project_root,
-    read_json,
     read_records,
 )
 from mcar_lib.training import write_atomically
@@ -74,8 +76,8 @@ def load_main_result(folder: Path, profile: Profile) -> MainResult | None:
     found = {name: [record for record in group if record is not None] for name, group in runs.items()}
     ids = {name: [record.run_id for record in group] for name, group in found.items()}
     key = comparison_key(ids[METHOD], ids[BASELINE], "last", profile.bootstrap_resamples)
-    path = folder / "comparisons" / f"{content_id(key)}.json"
-    return MainResult(profile, found, read_json(path)) if path.exists() else None
+    comparison = kept([folder], "comparisons", content_id(key))
+    return None if comparison is None else MainResult(profile, found, comparison)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def main_table(result: MainResult, epoch: str = "last") -> pd.DataFrame:
         row["mAP range"] = f"{values.min():.1f} to {values.max():.1f}"
         for point in OPERATING_POINTS:
             for metric in ("CF1", "OF1"):
-                row[f"{metric} at {point}"] = 100 * _mean(stream["at"][point][metric] for stream in streams)
+                row[f"{metric} at {point}"] = 100 * fmean(stream["at"][point][metric] for stream in streams)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -124,7 +126,7 @@ def operating_table(result: MainResult) -> pd.DataFrame:
     for point in OPERATING_POINTS:
         for name, group in result.runs.items():
             at = [record.stream()["at"][point] for record in group]
-            metrics = {metric: 100 * _mean(values[metric] for values in at) for metric in at[0]}
+            metrics = {metric: 100 * fmean(values[metric] for values in at) for metric in at[0]}
             rows.append({"predicted at": point, "model": name, **metrics})
     return pd.DataFrame(rows)
 
@@ -162,13 +164,7 @@ def finding(comparison: Mapping[str, Any]) -> str:
     """The sentence that a paired interval supports."""
     if comparison["low"] > 0:
         return "MCAR is better"
-    return "the global baseline is better" if comparison["high"] < 0 else "no difference that this data can show"
-
-
-def interval_text(comparison: Mapping[str, Any]) -> str:
-    """'+1.3 (+0.4 to +2.2)' in points of mAP."""
-    numbers = [100 * comparison[key] for key in ("difference", "low", "high")]
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)
+    return "the global baseline is better" if comparison["high"] < 0 else NO_DIFFERENCE
 
 
 def cost_table(result: MainResult) -> pd.DataFrame:
@@ -183,8 +179,8 @@ def cost_table(result: MainResult) -> pd.DataFrame:
                 "parameters": costs[0]["parameters"],
                 "over the backbone": costs[0]["parameters_over_backbone"],
                 "GMACs an image": costs[0]["macs_per_image"] / 1e9,
-                "training images/s": images / _mean(cost["train_seconds"] for cost in costs),
-                "training minutes": _mean(cost["train_seconds"] for cost in costs) / 60,
+                "training images/s": images / fmean(cost["train_seconds"] for cost in costs),
+                "training minutes": fmean(cost["train_seconds"] for cost in costs) / 60,
             }
         )
     return pd.DataFrame(rows)
@@ -192,13 +188,13 @@ def cost_table(result: MainResult) -> pd.DataFrame:
 
 def published_beside_ours(result: MainResult) -> pd.DataFrame:
     """The published mAP (percent, "-" where nothing was published) with ours where data, backbone and size agree."""
-    return _published_with([(result.runs[METHOD][0], _mean(record.map() for record in result.runs[METHOD]))])
+    return _published_with([(result.runs[METHOD][0], fmean(record.map() for record in result.runs[METHOD]))])
 
 
 def published_table(result: StudyResult) -> pd.DataFrame:
     """As published_beside_ours, for the MCAR runs of an ablation."""
     outcomes = [outcome for outcome in result.outcomes if outcome.records and outcome.setting.model == METHOD]
-    return _published_with([(o.records[0], _mean(metrics["mAP"] for metrics in o.metrics)) for o in outcomes])
+    return _published_with([(o.records[0], fmean(metrics["mAP"] for metrics in o.metrics)) for o in outcomes])
 
 
 def _published_with(ours: Sequence[tuple[Record, float]]) -> pd.DataFrame:
@@ -222,11 +218,6 @@ def read_published(name: str, text: bool = False) -> pd.DataFrame:
     """One of the tables of results/published, each row with its source; text: every column as strings, none missing."""
     path = project_root() / "results" / "published" / name
     return pd.read_csv(path, dtype=str, keep_default_na=False) if text else pd.read_csv(path)
-
-
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def reproduce(
 
     only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
     A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
-    One that ran here before, on the same code, parameters and run records, is not run again.
+    One that ran here before, on the same cells, code and run records, is not run again.
     """
     from mcar_lib.report import write_profile
 

@@ -9,14 +9,13 @@ from statistics import fmean
 
 import pandas as pd
 
-from mcar_lib.ablations import NO_DIFFERENCE, StudyResult, study_finding
+from mcar_lib.ablations import NO_DIFFERENCE, StudyResult, interval_text, study_finding
 from mcar_lib.config import load_profile
 from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import BASELINE, METHOD
 from mcar_lib.report import (
     MainResult,
     finding,
-    interval_text,
     load_main_result,
     load_studies,
     markdown,
