@@ -67,6 +67,7 @@ class Action(StrEnum):
 
 ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, photos, paper, or a path ending in .toml.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the run, as in TOML; repeatable.")]
+Row = Annotated[str | None, typer.Option(help="A row of the profile, such as voc2007-resnet101-448; see mcar plan.")]
 ResultsFolder = Annotated[Path | None, typer.Option("--results", help="Where own results go (results/local).")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where photos are ($MCAR_DATA).")]
 Artifacts = Annotated[Path | None, typer.Option("--artifacts", help="Weights, scores, scenes ($MCAR_ARTIFACTS).")]
@@ -109,9 +110,46 @@ def report(
 
 
 @app.command()
+def plan(
+    profile: ProfileName = "paper",
+    throughput: Annotated[
+        list[str] | None,
+        typer.Option(help="Million million MACs a second, T or BACKBONE=T; repeatable. Adds the hours of each run."),
+    ] = None,
+) -> None:
+    """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed."""
+    from mcar_lib.config import load_profile
+    from mcar_lib.plan import parse_throughput, plan
+
+    speeds = parse_throughput(throughput or [])
+    runs = plan(load_profile(profile))
+    columns = ["run", "published mAP %", "training images", "test images", "steps", "GMACs an image", "EMACs in all"]
+    rows: list[list[object]] = []
+    for run in runs:
+        hours = run.hours(speeds)
+        rows.append(
+            [
+                run.name,
+                "-" if run.published is None else run.published,
+                f"{run.train_images:,}",
+                f"{run.test_images:,}",
+                f"{run.steps:,}",
+                run.macs_per_image / 1e9,
+                f"{run.macs / 1e18:.3f}",
+                *([] if hours is None else [hours]),
+            ]
+        )
+    _print_table([*columns, *(["hours"] if speeds else [])], rows)
+    for run in runs:
+        typer.echo(run.command)
+
+
+@app.command()
 def train(
     profile: ProfileName = "mini",
+    row: Row = None,
     settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps and one test batch; nothing is kept.")] = False,
     results: ResultsFolder = None,
     data_root: DataRoot = None,
     artifacts: Artifacts = None,
@@ -119,7 +157,12 @@ def train(
     """Train one run, or find it if it was trained before, and print its metrics."""
     from mcar_lib.experiment import project_root
 
-    workspace, config = _open(profile, settings, results or project_root() / "results" / "local", data_root, artifacts)
+    results = results or project_root() / "results" / "local"
+    workspace, config = _open(profile, settings, results, data_root, artifacts, row)
+    if dry_run:
+        for line in workspace.dry_run(config).lines:
+            typer.echo(line)
+        return
     record = workspace.run(config)
     typer.echo(f"record: {record.path}")
     _print_metrics(record.content["metrics"]["last"])
@@ -146,6 +189,29 @@ def evaluate(
     record = _record_of(workspace, config)
     typer.echo(f"record: {record.path}")
     _print_metrics(record.content["metrics"]["best" if best else "last"])
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write; its model card goes beside it.")],
+    profile: ProfileName = "mini",
+    row: Row = None,
+    settings: Settings = None,
+    results: ResultsFolder = None,
+    data_root: DataRoot = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Write a run's weights as a small fp16 file that mcar_lib.load reads, with a model card."""
+    from mcar_lib.released import card_text, export_run
+
+    if output.suffix != ".safetensors":
+        raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
+    workspace, config = _open(profile, settings, results, data_root, artifacts, row)
+    _trained_weights(workspace, config)  # this command trains nothing
+    about = export_run(workspace, _record_of(workspace, config), output.resolve()).about
+    output.with_suffix(".md").write_text(card_text(output.stem, about), encoding="utf-8")
+    size = output.stat().st_size / 1e6
+    typer.echo(f"{output}: {size:.1f} MB, mAP {100 * about['mAP']:.1f} % (run: {100 * about['run_mAP']:.1f} %)")
 
 
 @app.command()
@@ -260,14 +326,21 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _open(
-    profile: str, settings: Sequence[str] | None, results: Path | None, data_root: Path | None, artifacts: Path | None
+    profile: str,
+    settings: Sequence[str] | None,
+    results: Path | None,
+    data_root: Path | None,
+    artifacts: Path | None,
+    row: str | None = None,
 ) -> tuple["Workspace", "RunConfig"]:
-    """The workspace, and the profile's run with changes: options of its data set are added to, another's start anew."""
+    """The workspace, and the profile's run or row with changes: options of its data set are added to, another's start
+    anew."""
     from mcar_lib.config import load_profile
     from mcar_lib.experiment import Workspace
 
     workspace = Workspace(load_profile(profile), results and results.resolve(), data_root, artifacts)
-    run, changes = workspace.profile.run, parse_settings(settings or [])
+    run = workspace.profile.row(row) if row else workspace.profile.run
+    changes = parse_settings(settings or [])
     known = run.data_options if changes.get("dataset", run.dataset) == run.dataset else {}
     if isinstance(changes.setdefault("data_options", {}), dict):
         changes["data_options"] = {**known, **changes["data_options"]}

@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -73,7 +73,7 @@ class RunConfig(Recipe):
         return "-".join([*parts, f"s{self.seed}"])
 
 
-AxisName = Literal["pooling", "image_size", "backbone", "num_regions", "selection", "threshold"]
+AxisName = Literal["pooling", "image_size", "backbone", "num_regions", "selection", "threshold", "epochs"]
 Value = int | float | str | bool
 
 
@@ -94,6 +94,7 @@ class Axis(BaseModel):
 class Profile(BaseModel):
     """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples.
 
+    rows: runs with names of their own, as what each changes in [run]: the rows of a published table.
     threads: of one run on a CPU, 0 for all. Sums depend on it in their last bits, so it is part of the profile, not of
     the machine; cores that one run leaves free train others of the same grid.
     """
@@ -107,6 +108,7 @@ class Profile(BaseModel):
     threads: Annotated[int, Field(ge=0)] = 0
     run: RunConfig
     ablations: dict[AxisName, Axis] = Field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _axes_are_runs(self) -> "Profile":
@@ -121,6 +123,21 @@ class Profile(BaseModel):
             if getattr(base, name) not in axis.values:
                 raise ValueError(f"ablations.{name}: {getattr(base, name)!r}, the run's own value, is not among them")
         return self
+
+    @model_validator(mode="after")
+    def _rows_are_runs(self) -> "Profile":
+        for name in self.rows:
+            try:
+                self.row(name)
+            except ConfigError as error:
+                raise ValueError(f"rows.{name}: {error}") from error
+        return self
+
+    def row(self, name: str) -> RunConfig:
+        """The run of a row; raises ConfigError for a name that is none."""
+        if name not in self.rows:
+            raise ConfigError(f"profile {self.name} has no row {name!r}; it has {', '.join(self.rows) or 'none'}")
+        return self.run.vary(**self.rows[name])
 
 
 def make_config(values: Mapping[str, object]) -> RunConfig:

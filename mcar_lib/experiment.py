@@ -37,7 +37,7 @@ from mcar_lib.metrics import bootstrap_interval, multilabel_metrics, paired_boot
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, say
 from mcar_lib.recipe import INITIALISATION, MeanStd, StreamScores, sample_generator
-from mcar_lib.training import Fit, evaluate, fit, write_atomically
+from mcar_lib.training import EVALUATION_BATCH, EpochResult, Fit, evaluate, fit, write_atomically
 
 RECORD_FORMAT = 1
 # Thresholds and label counts under which every run is scored: the release's 0.6, the usual 0.5, and the top 3 with
@@ -339,6 +339,17 @@ class Workspace:
         _save_outcome(folder, mcar, state)
         return mcar, state
 
+    def dry_run(self, config: RunConfig) -> "DryRun":
+        """Two training steps and one test batch of a run, on its own data and device; nothing is kept."""
+        data = self.data(config)
+        train = data.train.select(range(min(2 * config.batch_size, len(data.train))))
+        test = data.test.select(range(min(EVALUATION_BATCH, len(data.test))))
+        mcar, mean_std = build_model(config, len(train.classes))
+        squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
+        with tempfile.TemporaryDirectory() as folder, _threads(self.profile.threads):
+            state = fit(mcar, *squares, config.vary(epochs=1), mean_std, Path(folder), verbose=False)
+        return DryRun(config, len(train), len(test), state.history[0], peak_memory())
+
     def trained_model(self, config: RunConfig) -> tuple[MCAR, MeanStd]:
         """The model of a run with its last weights, in evaluation mode, and its normalisation. Weights are not
         committed: where they are not on this machine, the run is trained here."""
@@ -447,6 +458,30 @@ class Workspace:
         content = make()
         write_json(self.local_folder / kind / f"{name}.json", content)
         return content
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the first steps of a run took: images trained on and tested, their epoch, peak memory in bytes."""
+
+    config: RunConfig
+    train_images: int
+    test_images: int
+    result: EpochResult
+    peak_memory_bytes: int
+
+    @property
+    def lines(self) -> list[str]:
+        """For the reader."""
+        steps = -(-self.train_images // self.config.batch_size)
+        loss = self.result.global_loss + self.result.local_loss
+        return [
+            f"{self.config.label}: it runs",
+            f"{steps} training steps of {self.config.batch_size} images: {self.result.train_seconds:.2f} s (the first "
+            f"steps are slower than the others), loss {loss:.4f}",
+            f"one test batch of {self.test_images} images: {self.result.test_seconds:.2f} s",
+            f"peak memory: {self.peak_memory_bytes / 2**30:.1f} GiB",
+        ]
 
 
 def kept(folders: Sequence[Path], kind: str, name: str) -> Mapping[str, Any] | None:

@@ -29,12 +29,13 @@ from mcar_lib.experiment import (
 )
 from mcar_lib.grid import run_grid
 from mcar_lib.progress import format_seconds, say
+from mcar_lib.released import card_text, read_about
 from mcar_lib.training import write_atomically
 
 SHOWN_IN_NOTEBOOKS = "mini"  # the profile of the committed notebooks
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 INPUTS = "mcar_inputs"  # metadata of an executed notebook
-GENERATED = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")
+GENERATED = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*", "models/*.md")
 
 
 def reproduce(
@@ -131,7 +132,7 @@ def _of_runs(
 
 def rebuild(root: Path) -> list[Path]:
     """Writes all committed tables, figures and README blocks from the records, and removes those without any."""
-    from mcar_lib.report import write_profile
+    from mcar_lib.report import write_profile, write_text
     from mcar_lib.summary import write_summary
 
     if not (root / "README.md").exists():
@@ -140,6 +141,8 @@ def rebuild(root: Path) -> list[Path]:
     for runs in sorted((root / "results").glob("*/runs")):  # local/<profile>/runs lies deeper
         written += write_profile(runs.parent, load_profile(runs.parent.name))
     written += write_summary(root / "results", root / "README.md")
+    for model in sorted((root / "models").glob("*.safetensors")):
+        written.append(write_text(model.with_suffix(".md"), card_text(model.stem, read_about(model))))
     for path in (*root.glob("results/*/tables/*"), *root.glob("results/*/figures/*")):
         if path not in written:
             path.unlink()
@@ -151,6 +154,8 @@ def drifted(root: Path) -> list[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch)
         shutil.copytree(root / "results", fresh / "results", ignore=shutil.ignore_patterns("local"))
+        if (root / "models").is_dir():
+            shutil.copytree(root / "models", fresh / "models")
         if (root / "README.md").exists():
             shutil.copy(root / "README.md", fresh)
         rebuild(fresh)

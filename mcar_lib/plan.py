@@ -1,0 +1,140 @@
+"""What the runs of a profile cost before any is started: images, steps, operations, hours on a device of a given speed.
+
+Needs neither data nor weights: the published data sets are as large as their official counts.
+"""
+
+import csv
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcar_lib.backbones import build_backbone
+from mcar_lib.config import Profile, RunConfig
+from mcar_lib.data.published import PUBLISHED
+from mcar_lib.errors import ConfigError
+from mcar_lib.experiment import main_grid, project_root
+
+BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
+NUM_CLASSES = {"coco2014": 80}  # the others have VOC's 20
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run and its cost. published: mAP in percent of the paper's row, None where there is none.
+
+    macs_per_image: multiply-accumulates of one forward pass of both streams. macs: of the whole run, training (a
+    backward pass counted as two forward passes) and a test after every epoch.
+    """
+
+    name: str
+    config: RunConfig
+    published: float | None
+    train_images: int
+    test_images: int
+    macs_per_image: int
+    command: str
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.epochs * math.ceil(self.train_images / self.config.batch_size)
+
+    @property
+    def macs(self) -> int:
+        passes = (1 + BACKWARD) * self.train_images + (self.test_images if self.is_scored else 0)
+        return self.config.epochs * passes * self.macs_per_image
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there is a test after every epoch: the labels of VOC 2012 test are not public."""
+        return self.config.dataset != "voc2012"
+
+    def hours(self, throughput: Mapping[str, float]) -> float | None:
+        """Hours on a device of this speed, in 10^12 multiply-accumulates a second by backbone ("" for all others);
+        None without a speed for this backbone."""
+        speed = throughput.get(self.config.backbone, throughput.get(""))
+        return None if speed is None else self.macs / (speed * 1e12) / 3600
+
+
+def plan(profile: Profile) -> list[PlannedRun]:
+    """The rows of a profile in the order of the published table, or its main comparison where it has no rows.
+
+    Raises ConfigError for a data set whose size is not known beforehand (one's own images).
+    """
+    published = published_map()
+    if not profile.rows:
+        return [
+            _planned(config.label, config, None, f"mcar reproduce --profile {profile.name} --only 03")
+            for group in main_grid(profile).values()
+            for config in group
+        ]
+    configs = {name: profile.row(name) for name in profile.rows}
+    order = {key: place for place, key in enumerate(published)}
+    names = sorted(configs, key=lambda name: order.get(key_of(configs[name]), len(order)))
+    return [
+        _planned(
+            name,
+            configs[name],
+            published.get(key_of(configs[name])),
+            f"mcar train --profile {profile.name} --row {name} --data-root DIR",
+        )
+        for name in names
+    ]
+
+
+def parse_throughput(texts: Sequence[str]) -> dict[str, float]:
+    """["20", "mobilenet_v2=3"] -> {"": 20.0, "mobilenet_v2": 3.0}; raises ConfigError for anything else."""
+    found = {}
+    for text in texts:
+        backbone, _, number = text.rpartition("=")
+        try:
+            found[backbone] = float(number)
+        except ValueError:
+            found[backbone] = math.nan
+        if not 0 < found[backbone] < math.inf:
+            raise ConfigError(f"throughput {text!r}: give a positive number, or BACKBONE=NUMBER")
+    return found
+
+
+def key_of(config: RunConfig) -> tuple[str, str, int]:
+    """What tells the published figures apart: data set, backbone and input size."""
+    return config.dataset, config.backbone, config.image_size
+
+
+def published_map() -> dict[tuple[str, str, int], float]:
+    """The published mAP in percent by data set, backbone and input size (results/published/map.csv)."""
+    path = project_root() / "results" / "published" / "map.csv"
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = [
+            (row["dataset"], row["backbone"], int(row["image_size"]), row["percent"]) for row in csv.DictReader(stream)
+        ]
+    return {(dataset, backbone, size): float(percent) for dataset, backbone, size, percent in rows}
+
+
+def _planned(name: str, config: RunConfig, published: float | None, command: str) -> PlannedRun:
+    train, test = (_num_images(config, split) for split in ("train", "test"))
+    macs = _macs(config.backbone, config.image_size, NUM_CLASSES.get(config.dataset, 20))
+    passes = 1 + config.num_regions if config.local_stream else 1
+    return PlannedRun(name, config, published, train, test, passes * macs, command)
+
+
+def _num_images(config: RunConfig, split: str) -> int:
+    count = config.data_options.get(f"num_{split}")  # scenes
+    if isinstance(count, int):
+        return count
+    if (config.dataset, split) not in PUBLISHED:
+        raise ConfigError(f"how many images {config.dataset} has is not known beforehand; plan a published data set")
+    return PUBLISHED[config.dataset, split].images
+
+
+@functools.cache
+def _macs(backbone: str, image_size: int, num_classes: int) -> int:
+    """Of one pass through backbone and classifier, counted on tensors that have a shape and no content."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        built = build_backbone(backbone, "none")
+        built.features.eval()(torch.zeros(1, 3, image_size, image_size))
+    return counter.get_total_flops() // 2 + built.num_features * num_classes

