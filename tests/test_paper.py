@@ -1,0 +1,184 @@
+"""The paper profile: every published figure has its run, with the release's recipe, and every one of them runs."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from test_data import write_photo, write_voc
+from typer.testing import CliRunner
+
+from mcar_lib.cli import app
+from mcar_lib.config import RunConfig, load_profile
+from mcar_lib.data.voc import VOC_CLASSES
+from mcar_lib.errors import ConfigError
+from mcar_lib.experiment import Workspace, arithmetic_fingerprint, build_model, count_macs, write_json
+from mcar_lib.plan import key_of, parse_throughput, plan
+from mcar_lib.report import read_published
+from mcar_lib.summary import NEEDS_PAPER, claims_table, load_rows
+
+PAPER = load_profile("paper")
+EXCEPTION = ("mobilenet_v2", 448)
+
+
+# ---- the rows
+
+
+def test_each_published_figure_has_one_row_that_is_named_after_it() -> None:
+    published = read_published("map.csv")
+    names = [f"{cell.dataset}-{cell.backbone}-{cell.image_size}" for cell in published.itertuples()]
+    assert len(names) == 16
+    assert sorted(names) == sorted(PAPER.rows)
+    assert [key_of(PAPER.row(name)) for name in names] == list(
+        zip(published["dataset"], published["backbone"], published["image_size"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", PAPER.rows)
+def test_each_row_has_the_recipe_of_the_release(name: str) -> None:
+    row = PAPER.row(name)
+    exception = (row.backbone, row.image_size) == EXCEPTION
+    rate, milestones, pooling = (0.1, (10, 30, 50), "avg") if exception else (0.01, (30, 50), "gwp")
+    assert (row.learning_rate, row.milestones, row.pooling) == (rate, milestones, pooling)
+    assert (row.epochs, row.batch_size, row.schedule, row.gamma, row.backbone_factor) == (60, 16, "step", 0.1, 0.1)
+    assert (row.momentum, row.weight_decay, row.flip, row.jitter) == (0.9, 1e-4, True, 0.3)
+    assert (row.weights, row.num_regions, row.threshold, row.selection) == ("imagenet", 4, 0.5, "top")
+    assert row.local_stream
+
+
+def test_a_row_that_is_not_there_names_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"voc2007-vgg16-448.*voc2007-resnet101-448"):
+        PAPER.row("voc2007-vgg16-448")
+
+
+# ---- the plan
+
+
+def test_the_plan_has_the_published_targets_and_official_counts() -> None:
+    runs = {run.name: run for run in plan(PAPER)}
+    assert set(runs) == set(PAPER.rows)
+    voc, coco = runs["voc2007-resnet101-448"], runs["coco2014-resnet101-576"]
+    assert (voc.published, voc.train_images, voc.test_images, voc.steps) == (94.8, 5011, 4952, 60 * 314)
+    assert (coco.published, coco.train_images, coco.test_images, coco.steps) == (84.5, 82081, 40137, 60 * 5131)
+    assert voc.macs == 60 * (3 * 5011 + 4952) * voc.macs_per_image
+    assert runs["voc2012-resnet50-448"].macs == 60 * 3 * 11540 * runs["voc2012-resnet50-448"].macs_per_image
+
+
+def test_planned_operations_are_those_that_a_model_is_counted_with() -> None:
+    config = RunConfig(backbone="mobilenet_v2", weights="none", image_size=64, num_regions=2)
+    counted = count_macs(build_model(config, 20)[0], 64)
+    planned = plan(load_profile("smoke"))[1]
+    assert planned.config.local_stream
+    assert planned.macs_per_image == pytest.approx(counted, rel=0.005)  # which counts the crops too
+
+
+def test_hours_follow_from_the_throughput_of_the_backbone() -> None:
+    run = next(run for run in plan(PAPER) if run.name == "voc2007-resnet50-448")
+    assert run.hours({"": 10.0}) == pytest.approx(run.macs / 1e13 / 3600)
+    assert run.hours({"": 10.0, "resnet50": 20.0}) == pytest.approx(run.macs / 2e13 / 3600)
+    assert run.hours({"resnet101": 20.0}) is None
+    assert parse_throughput(["20", "mobilenet_v2=3"]) == {"": 20.0, "mobilenet_v2": 3.0}
+
+
+@pytest.mark.parametrize("text", ["fast", "resnet50=", "0", "-1", "nan", "inf"])
+def test_a_throughput_that_is_no_speed_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="throughput"):
+        parse_throughput([text])
+
+
+def test_the_command_prints_every_row_with_its_command() -> None:
+    done = CliRunner().invoke(app, ["plan", "--throughput", "20"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    for name in PAPER.rows:
+        assert f"mcar train --profile paper --row {name} --data-root DIR" in done.output
+    assert "307,860" in done.output
+    assert "hours" in done.output
+
+
+def test_images_of_ones_own_cannot_be_planned() -> None:
+    own = PAPER.model_copy(update={"rows": {"own": {"dataset": "table"}}})
+    with pytest.raises(ConfigError, match="table"):
+        plan(own)
+
+
+# ---- what was run stands beside what was published
+
+
+def record_of(row: str, subset: bool) -> dict[str, object]:
+    point = dict.fromkeys(("CP", "CR", "CF1", "OP", "OR", "OF1"), 0.81)
+    at = dict.fromkeys(("0.6", "0.6 top-3"), point)
+    metrics = {epoch: {"fused": {"mAP": value, "at": at}} for epoch, value in (("last", 0.8321), ("best", 0.8401))}
+    return {
+        "format": 1,
+        "run_id": "0" * 12,
+        "label": row,
+        "profile": "paper",
+        "config": PAPER.row(row).model_dump(mode="json"),
+        "keys": {"arithmetic": arithmetic_fingerprint()},
+        "data": {"subset": subset},
+        "metrics": metrics,
+    }
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_a_row_that_was_run_stands_in_the_claims_table_unless_on_a_subset(subset: bool, tmp_path: Path) -> None:
+    write_json(tmp_path / "paper" / "runs" / "row.json", record_of("coco2014-resnet101-448", subset))
+    table = claims_table({}, load_rows(tmp_path)).set_index("claim")
+    ours = table.loc["mAP of resnet101 at 448 px on coco2014"]
+    assert tuple(ours[["published", "ours", "verdict"]]) == (
+        ("83.8", "-", NEEDS_PAPER) if subset else ("83.8", "84.0 (last epoch 83.2)", "+0.2 points")
+    )
+    assert table.loc["OF1 (top-3 labels) of resnet101 at 448 px on coco2014", "ours"] == (
+        "-" if subset else "81.0 (last epoch 81.0)"
+    )
+    assert table.loc["mAP of resnet50 at 448 px on coco2014", "verdict"] == NEEDS_PAPER
+    assert pd.notna(table["verdict"]).all()
+
+
+# ---- every row runs
+
+
+@pytest.fixture(scope="module")
+def published_trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few photos in the official layouts of all three data sets; VOC 2012 test has no labels."""
+    root = tmp_path_factory.mktemp("published")
+    for year in ("2007", "2012"):
+        write_voc(root, {f"{year}_{n}": {VOC_CLASSES[n]: 1} for n in range(4)}, "trainval", year)
+    write_voc(root, {f"test_{n}": {VOC_CLASSES[n]: 1} for n in range(2)}, "test", "2007")
+    lists = write_voc(root, {f"test_{n}": {} for n in range(2)}, "test", "2012")
+    for labels in lists.glob("*_test.txt"):
+        labels.unlink()
+    for split, count in (("train2014", 4), ("val2014", 2)):
+        numbers = range(1, count + 1)
+        content = {
+            "images": [{"id": n, "file_name": f"{n}.jpg", "width": 12, "height": 12} for n in numbers],
+            "categories": [{"id": n, "name": f"class {n:02d}"} for n in range(1, 81)],
+            "annotations": [{"id": n, "image_id": n, "category_id": n, "bbox": [1, 2, 3, 4]} for n in numbers],
+        }
+        for n in numbers:
+            write_photo(root / split / f"{n}.jpg", n)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER.rows)
+def test_two_steps_and_one_test_batch_of_each_row_run(name: str, published_trees: Path, tmp_path: Path) -> None:
+    """Its own backbone, input size and number of regions; one image a batch, no download, and no bf16, which some
+    processors only emulate."""
+    workspace = Workspace(PAPER, tmp_path / "results", published_trees, tmp_path / "artifacts", verbose=False)
+    config = PAPER.row(name).vary(batch_size=1, weights="none", precision="fp32")
+    torch.set_num_threads(2)
+    try:
+        done = workspace.dry_run(config)
+    finally:
+        torch.set_num_threads(1)
+    assert (done.train_images, done.test_images) == (2, 2)
+    assert done.result.global_loss > 0
+    assert done.result.local_loss > 0
+    assert done.result.train_seconds > 0
+    assert done.result.test_seconds > 0
+    assert not list(tmp_path.rglob("*.json.part")), "nothing is kept"
+    assert not (tmp_path / "results").exists()
