@@ -312,12 +312,14 @@ def attention_gallery(
     labels: Sequence[Sequence[str]],
     annotated: Sequence[Sequence[tuple[str, Sequence[float]]]],
     threshold: float,
+    captions: Sequence[str] | None = None,
 ) -> Figure:
     """What the module looks at, a row for each image: the photo, then the map of each region with its marginals.
 
     images: uint8 (3, S, S); maps: (N, S, S); boxes: (N, 4) and labels: N class names of each image's regions, drawn
     solid; annotated: (class name, box) of each image's objects, dashed, in the colour of the region of their class, or
-    in white. Above a map is px(u), to its right py(v); the dashed line is tau, the shaded band the interval.
+    in white. captions: of the photos, by default what is annotated. Above a map is px(u), to its right py(v); the
+    dashed line is tau, the shaded band the interval.
     """
     num_regions = len(boxes[0])
     made, axes = figure(len(images), 1 + num_regions, width=3.3, height=3.3)
@@ -325,7 +327,7 @@ def attention_gallery(
         on_photo, *on_maps = axes[row * (1 + num_regions) : (row + 1) * (1 + num_regions)]
         colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(labels[row])}
         names = ", ".join(dict.fromkeys(name for name, _ in annotated[row]))
-        show_image(on_photo, image, wrapped(f"annotated: {names or 'nothing'}", 34))
+        show_image(on_photo, image, wrapped(captions[row] if captions else f"annotated: {names or 'nothing'}", 34))
         for name, box in annotated[row]:
             draw_box(on_photo, box, "", "black")  # between the dashes: a light one would be lost on a light photo
             draw_box(on_photo, box, "", colours.get(name, "white"), dashed=True)

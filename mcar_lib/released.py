@@ -19,6 +19,7 @@ from mcar_lib.errors import WeightsError
 from mcar_lib.experiment import Record, Workspace, project_root
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR, Output, build_mcar
+from mcar_lib.regions import attention_maps
 from mcar_lib.training import evaluate, write_atomically
 
 FORMAT = 1
@@ -44,16 +45,26 @@ class ReleasedModel:
     std: tuple[float, ...]
     about: Mapping[str, Any]
 
+    def network_input(self, photos: Sequence[Tensor]) -> Tensor:
+        """Photos, each uint8 (3, H, W) of any size -> normalised (B, 3, S, S) on the model's device."""
+        squares = torch.stack([resize_square(photo, self.image_size) for photo in photos])
+        x = normalise(squares.to(self.model.convclass.weight.device), self.mean, self.std)
+        return x.contiguous(memory_format=torch.channels_last)
+
     @torch.no_grad()
     def predict(self, photos: Sequence[Tensor]) -> Output:
         """Scores and regions of photos, each uint8 (3, H, W) of any size (see mcar_lib.data.read_image).
 
         Output.scores is (B, K) in [0, 1]; boxes are in pixels of the image_size square that a photo is resized to.
         """
-        squares = torch.stack([resize_square(photo, self.image_size) for photo in photos])
-        x = normalise(squares.to(self.model.convclass.weight.device), self.mean, self.std)
-        output: Output = self.model(x.contiguous(memory_format=torch.channels_last))
+        output: Output = self.model(self.network_input(photos))
         return output
+
+    @torch.no_grad()
+    def attention_maps(self, photos: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """The maps in [0, 1], (B, N, S, S), of the classes (B, N) in photos."""
+        class_logits = self.model.class_logits(self.model.features(self.network_input(photos)))
+        return attention_maps(class_logits, classes, (self.image_size, self.image_size))
 
 
 def load_released(name_or_path: str | Path) -> ReleasedModel:
@@ -83,11 +94,6 @@ def load_released(name_or_path: str | Path) -> ReleasedModel:
         model, {key: value.float() if value.is_floating_point() else value for key, value in loaded.items()}, str(path)
     )
     return found
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """The metadata of a model file; raises WeightsError if it has none."""
-    return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -164,6 +170,7 @@ def card_text(name: str, about: Mapping[str, Any]) -> str:
         "output = released.predict([read_image(path)])\n"
         "dict(zip(released.classes, output.scores[0].tolist()))  # a score in [0, 1] for each class\n"
         "output.regions.boxes  # pixels of the resized square\n```\n\n"
+        f"![Photos with the regions of the three best-scored classes and their attention maps]({name}.png)\n\n"
         f"**Data.** Trained on {data['train']} ({data['train_images']:,} images), tested on {data['test']} "
         f"({data['test_images']:,} images). The images themselves are not here; they keep their owners' terms.\n\n"
         f"**Recipe.** Run `{about['run_id']}` of profile `{about['profile']}`, seed {config['seed']}, last epoch: "

@@ -18,6 +18,7 @@ from mcar_lib.ablations import NO_DIFFERENCE, StudyResult, difference_rows, load
 from mcar_lib.ablations import interval_text as interval_text
 from mcar_lib.attention import FOUND, load_regions, overlap_table, pointing_table, upsampled
 from mcar_lib.config import Profile
+from mcar_lib.data import read_image
 from mcar_lib.data.transforms import resize_square
 from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import (
@@ -34,6 +35,7 @@ from mcar_lib.experiment import (
     project_root,
     read_records,
 )
+from mcar_lib.released import ReleasedModel
 from mcar_lib.training import write_atomically
 
 # A rerun elsewhere differs in the last bit of every sum, and training enlarges that. Of the six mini runs of the main
@@ -299,6 +301,28 @@ def gallery_figure(record: Mapping[str, Any], workspace: Workspace) -> Any:
         [each["labels"] for each in shown],
         [each["annotated"] for each in shown],
         config.threshold,
+    )
+
+
+def photos_figure(released: ReleasedModel, photos: Mapping[str, Path], num_regions: int = 3) -> Any:
+    """What a released model looks at in photos, by their captions: the regions of the best-scored classes."""
+    images = [read_image(path) for path in photos.values()]
+    output = released.predict(images)
+    assert output.regions is not None
+    boxes, classes = output.regions.boxes[:, :num_regions].cpu(), output.regions.classes[:, :num_regions]
+    scores = output.scores.gather(1, classes).tolist()
+    labels = [
+        [f"{released.classes[k]} ({100 * score:.0f} %)" for k, score in zip(row, of_row, strict=True)]
+        for row, of_row in zip(classes.tolist(), scores, strict=True)
+    ]
+    return plots.attention_gallery(
+        [resize_square(image, released.image_size) for image in images],
+        list(released.attention_maps(images, classes).cpu()),
+        list(boxes),
+        labels,
+        [[] for _ in images],
+        released.model.threshold,
+        list(photos),
     )
 
 

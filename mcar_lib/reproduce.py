@@ -17,6 +17,7 @@ from rich.markdown import Markdown
 
 from mcar_lib.ablations import studies
 from mcar_lib.config import Profile, RunConfig, load_profile
+from mcar_lib.data.samples import sample_photos
 from mcar_lib.errors import ConfigError, MCARError, ResultsError
 from mcar_lib.experiment import (
     Workspace,
@@ -29,13 +30,20 @@ from mcar_lib.experiment import (
 )
 from mcar_lib.grid import run_grid
 from mcar_lib.progress import format_seconds, say
-from mcar_lib.released import card_text, read_about
+from mcar_lib.released import card_text, load_released
 from mcar_lib.training import write_atomically
 
 SHOWN_IN_NOTEBOOKS = "mini"  # the profile of the committed notebooks
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 INPUTS = "mcar_inputs"  # metadata of an executed notebook
-GENERATED = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*", "models/*.md")
+GENERATED = (
+    "README.md",
+    "results/README.md",
+    "results/*/tables/*",
+    "results/*/figures/*",
+    "models/*.md",
+    "models/*.png",
+)
 
 
 def reproduce(
@@ -57,7 +65,7 @@ def reproduce(
         "results": str(results),
         "data_root": str(data_root.expanduser().resolve()) if data_root else "",
     }
-    selected = select_notebooks(notebooks or root / "notebooks", only)
+    selected = _with_a_study(select_notebooks(notebooks or root / "notebooks", only), chosen)
     made = _made(folder / "notebooks")
     _train_for(selected, Workspace(chosen, results, data_root))
     failed = [path.stem for path in selected if not _run_once(path, made / path.name, parameters, root, folder)]
@@ -83,6 +91,18 @@ def select_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
         there = ", ".join(path.stem for path in found) or "none"
         raise ConfigError(f"no notebook {unknown or 'with a number'} in {folder}; there are: {there}")
     return sorted({names[name] for name in wanted})
+
+
+def _with_a_study(notebooks: Sequence[Path], profile: Profile) -> list[Path]:
+    """Those that are no ablation, or one that the profile has values for; says which are left out."""
+    known, found = studies(profile), []
+    for path in notebooks:
+        _, is_ablation, study = path.stem.partition("_ablation_")
+        if is_ablation and study not in known:
+            say(f"{path.stem}: left out, profile {profile.name} has no [ablations] for it")
+        else:
+            found.append(path)
+    return found
 
 
 def compare(committed: Path, folder: Path) -> None:
@@ -132,7 +152,8 @@ def _of_runs(
 
 def rebuild(root: Path) -> list[Path]:
     """Writes all committed tables, figures and README blocks from the records, and removes those without any."""
-    from mcar_lib.report import write_profile, write_text
+    from mcar_lib import plots
+    from mcar_lib.report import photos_figure, write_profile, write_text
     from mcar_lib.summary import write_summary
 
     if not (root / "README.md").exists():
@@ -141,8 +162,10 @@ def rebuild(root: Path) -> list[Path]:
     for runs in sorted((root / "results").glob("*/runs")):  # local/<profile>/runs lies deeper
         written += write_profile(runs.parent, load_profile(runs.parent.name))
     written += write_summary(root / "results", root / "README.md")
-    for model in sorted((root / "models").glob("*.safetensors")):
-        written.append(write_text(model.with_suffix(".md"), card_text(model.stem, read_about(model))))
+    for path in sorted((root / "models").glob("*.safetensors")):
+        released = load_released(path)
+        written.append(write_text(path.with_suffix(".md"), card_text(path.stem, released.about)))
+        written.append(plots.save(photos_figure(released, sample_photos()), path.with_suffix(".png")))
     for path in (*root.glob("results/*/tables/*"), *root.glob("results/*/figures/*")):
         if path not in written:
             path.unlink()

@@ -32,7 +32,7 @@ from mcar_lib.experiment import Workspace, arithmetic_fingerprint
 from mcar_lib.reproduce import compare, drifted, publish, rebuild, reproduce, select_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("reproduce", "publish", "report", "train", "evaluate", "submit", "data")
+COMMANDS = ("reproduce", "publish", "report", "plan", "train", "evaluate", "export", "submit", "data")
 PROFILE = """
 name = "tiny"
 title = "one epoch on sixteen scenes"
@@ -308,7 +308,7 @@ def write_notebook(path: Path, *cells: str) -> Path:
 
 
 class Reproduced(NamedTuple):
-    """What three notebooks left behind, of which the first fails."""
+    """What four notebooks left behind: the first fails, the profile has no values for the third, the last dies."""
 
     folder: Path
     told: dict[str, str]
@@ -325,6 +325,7 @@ def reproduced(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Repro
     told += "pathlib.Path(results, 'told.json').write_text(json.dumps(values)); print('told')"
     write_notebook(notebooks / "01_broken.ipynb", "print('before')", "{}['absent']", "print('never')")
     write_notebook(notebooks / "02_told.ipynb", told)
+    write_notebook(notebooks / "04_ablation_pooling.ipynb", "print('never')")
     write_notebook(notebooks / "10_dead.ipynb", "import os\nos._exit(3)")
     foreign = folder / "jupyter" / "kernels" / "python3"  # another program's kernel of the same name
     foreign.mkdir(parents=True)
@@ -348,9 +349,13 @@ def test_a_failing_notebook_does_not_keep_others_from_running(reproduced: Reprod
 
 def test_what_a_notebook_prints_is_printed(reproduced: Reproduced) -> None:
     lines = reproduced.output.splitlines()
-    assert lines[:2] == ["01_broken: running", "before"]
+    assert lines[1:3] == ["01_broken: running", "before"]
     assert "told" in lines
     assert "never" not in lines
+
+
+def test_an_ablation_that_the_profile_has_no_values_for_is_left_out(reproduced: Reproduced) -> None:
+    assert reproduced.output.startswith("04_ablation_pooling: left out, profile tiny has no [ablations] for it")
 
 
 def test_only_a_whole_output_has_the_name_of_its_notebook(reproduced: Reproduced) -> None:
