@@ -168,7 +168,9 @@ def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], index: 
         # Direct children only: a person's <part> (head, hand, foot) has a name and a box as well.
         objects = ElementTree.parse(path).getroot().findall("object")
     except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"{path}: cannot read the annotation ({error})") from error
+        raise DataError(
+            f"{path}: cannot read the annotation ({error}); put it there, or fetch the data again"
+        ) from error
     corners, numbers, difficult = [], [], []
     for item in objects:
         name = (item.findtext("name") or "").strip()
