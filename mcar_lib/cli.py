@@ -324,15 +324,14 @@ def _print_metrics(streams: Mapping[str, Any]) -> None:
 
 def _score_checkpoint(workspace: "Workspace", config: "RunConfig", path: Path, release: bool) -> dict[str, Any]:
     """The metrics of weights from a file, in the form that run records have."""
-    from mcar_lib.experiment import OPERATING_POINTS, STREAMS
-    from mcar_lib.metrics import multilabel_metrics
+    from mcar_lib.experiment import STREAMS, at_operating_points
 
     test = _load_split(workspace, config.dataset, "test", config.data_options)
     mcar, mean_std = _load_weights(config, len(test.classes), path, release)
     scores = _score(workspace, config, mcar, mean_std, test)
     found: dict[str, Any] = {}
     for name, stream in zip(STREAMS, (*scores, scores.fused), strict=True):
-        at = {point: multilabel_metrics(stream, test.targets, *limits) for point, limits in OPERATING_POINTS.items()}
+        at = at_operating_points(stream, test.targets)
         found[name] = {"mAP": at["0.5"]["mAP"], "at": at}
     return found
 

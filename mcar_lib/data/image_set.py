@@ -75,7 +75,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     def boxes(self, index: int) -> Boxes:
         """The annotated objects of the image at `index`; raises DataError when there are none to read."""
         if self.read_boxes is None:
-            raise DataError(f"{self.title} has no boxes; VOC, COCO and scenes have some")
+            raise DataError(f"{self.title} has no boxes; VOC needs its folder Annotations for them, a table has none")
         return self.read_boxes(index)
 
     @property

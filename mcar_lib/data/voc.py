@@ -97,7 +97,10 @@ def _require_lists(lists: Path, split: str, year: str, labelled: bool) -> None:
         )
     if not (lists / f"{split}.txt").is_file():
         there = ", ".join(sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem))
-        raise DataError(f"{lists / split}.txt: no such image list; lists in this folder: {there or 'none'}")
+        raise DataError(
+            f"{lists / split}.txt: no such image list; lists in this folder: {there or 'none'}. Put it there, or fetch "
+            "the data again"
+        )
 
 
 def _read_ids(path: Path, problems: Problems) -> tuple[str, ...]:
