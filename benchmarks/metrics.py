@@ -11,7 +11,7 @@ import numpy as np
 import sklearn
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
-from timing import machine, median_seconds, print_report
+from timing import machine, median_seconds, print_report, report_parser
 
 from mcar_lib.metrics import multilabel_metrics, paired_bootstrap
 
@@ -90,4 +90,5 @@ def report() -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print_report(__doc__, report)
+    options = report_parser(__doc__).parse_args()
+    print_report(report(), options.write)

@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timing import machine, median_seconds, print_report
+from timing import machine, median_seconds, print_report, report_parser
 from torch import Tensor
 
 from mcar_lib.model import build_mcar
@@ -100,4 +100,5 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    print_report(__doc__, report)
+    options = report_parser(__doc__).parse_args()
+    print_report(report(), options.write)

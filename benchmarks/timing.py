@@ -28,15 +28,18 @@ def machine() -> str:
     """Processor, cores, threads used and versions, in one line."""
     processor = describe_environment()["processor"]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used; {versions}."
+    return f"{processor}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}; {versions}."
 
 
-def print_report(description: str | None, report: Callable[[], str]) -> None:
-    """Prints what report returns; with --write FILE also stores it."""
+def report_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="also store the printed text here")
-    arguments = parser.parse_args()
-    text = report()
+    return parser
+
+
+def print_report(text: str, path: Path | None) -> None:
+    """Prints a report; stores it too where --write FILE was given."""
     print(text)
-    if arguments.write:
-        arguments.write.write_text(text + "\n", encoding="utf-8")
+    if path:
+        path.write_text(text + "\n", encoding="utf-8")

@@ -31,6 +31,11 @@ EPILOG = (
     "Exit codes: 0 done; 1 a notebook or run failed, or a generated file drifted; 2 wrong usage or configuration; "
     "3 data; 4 weights or checkpoint; 5 results; 130 interrupted."
 )
+# What the scores of a checkpoint depend on beside its weights.
+RELEASED = (
+    *("dataset", "backbone", "pooling", "image_size", "num_regions", "threshold"),
+    *("selection", "local_stream", "precision"),
+)
 LABEL_METRICS = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
 
@@ -68,6 +73,12 @@ class Action(StrEnum):
 ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, photos, paper, or a path ending in .toml.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the run, as in TOML; repeatable.")]
 Row = Annotated[str | None, typer.Option(help="A row of the profile, such as voc2007-resnet101-448; see mcar plan.")]
+CheckpointProfile = Annotated[
+    str | None, typer.Option("--profile", help="As everywhere; if none is named, mini, and paper with --release.")
+]
+Release = Annotated[
+    bool, typer.Option("--release", help="The checkpoint is one of the paper's release; its name says its settings.")
+]
 ResultsFolder = Annotated[Path | None, typer.Option("--results", help="Where own results go (results/local).")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where photos are ($MCAR_DATA).")]
 Artifacts = Annotated[Path | None, typer.Option("--artifacts", help="Weights, scores, scenes ($MCAR_ARTIFACTS).")]
@@ -170,19 +181,20 @@ def train(
 
 @app.command()
 def evaluate(
-    profile: ProfileName = "mini",
+    profile: CheckpointProfile = None,
     settings: Settings = None,
     best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to score on the test split.")] = None,
-    release: Annotated[bool, typer.Option("--release", help="The checkpoint is one of the paper's release.")] = False,
+    release: Release = False,
     results: ResultsFolder = None,
     data_root: DataRoot = None,
     artifacts: Artifacts = None,
 ) -> None:
-    """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing."""
-    if release and checkpoint is None:
-        raise typer.BadParameter("--release needs --checkpoint FILE")
-    workspace, config = _open(profile, settings, results, data_root, artifacts)
+    """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing.
+
+    With --release, data set, backbone, pooling, size, N and tau are taken from --set, else from the checkpoint's name
+    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile; where from is printed."""
+    workspace, config = _open_checkpoint(checkpoint, release, profile, settings, results, data_root, artifacts)
     if checkpoint is not None:
         _print_metrics(_score_checkpoint(workspace, config, checkpoint, release))
         return
@@ -217,10 +229,10 @@ def export(
 @app.command()
 def submit(
     dataset: Annotated[str, typer.Argument(help="voc2012: the one data set whose test labels a server holds.")],
-    profile: ProfileName = "mini",
+    profile: CheckpointProfile = None,
     settings: Settings = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to score with; else those of the run.")] = None,
-    release: Annotated[bool, typer.Option("--release", help="The checkpoint is one of the paper's release.")] = False,
+    release: Release = False,
     output: Annotated[Path, typer.Option(help="The archive to write.")] = Path("voc2012-test.tar.gz"),
     results: ResultsFolder = None,
     data_root: DataRoot = None,
@@ -232,9 +244,9 @@ def submit(
 
     if dataset != "voc2012":
         raise typer.BadParameter(f"{dataset!r}: only the test labels of voc2012 are held by a server")
-    if release and checkpoint is None:
-        raise typer.BadParameter("--release needs --checkpoint FILE")
-    workspace, config = _open(profile, settings, results, data_root, artifacts)
+    places = (results, data_root, artifacts)
+    # The data set is the command's, whatever the checkpoint was trained on.
+    workspace, config = _open_checkpoint(checkpoint, release, profile, settings, *places, shown=RELEASED[1:])
     images = load_voc(workspace.root_of(dataset), "2012", "test", labelled=False)
     weights = checkpoint or _trained_weights(workspace, config)
     mcar, mean_std = _load_weights(config, len(images.classes), weights, release)
@@ -347,6 +359,33 @@ def _open(
     return workspace, run.vary(**changes)
 
 
+def _open_checkpoint(
+    checkpoint: Path | None,
+    release: bool,
+    profile: str | None,
+    settings: Sequence[str] | None,
+    *places: Path | None,
+    shown: Sequence[str] = RELEASED,
+) -> tuple["Workspace", "RunConfig"]:
+    """As _open; for a released checkpoint with what its name says and no option does. Prints where values are from."""
+    from mcar_lib.checkpoints import release_settings
+
+    if not release:
+        return _open(profile or "mini", settings, *places)
+    if checkpoint is None:
+        raise typer.BadParameter("--release needs --checkpoint FILE")
+    profile, options, named = profile or "paper", parse_settings(settings or []), release_settings(checkpoint)
+    if not named:
+        typer.echo(f"{checkpoint}: the name does not say <dataset>-<backbone>-<pooling>-<size>-<N>-<tau>", err=True)
+    values = {"precision": "fp32", **named}  # the release scores in float32
+    taken = [f"{key}={value}" for key, value in values.items() if key not in options]
+    workspace, config = _open(profile, [*taken, *(settings or [])], *places)
+    origins = {"precision": "the release", **dict.fromkeys(named, "the name"), **dict.fromkeys(options, "an option")}
+    for key in shown:
+        typer.echo(f"{key} = {getattr(config, key)}, from {origins.get(key, f'the profile {profile}')}")
+    return workspace, config
+
+
 def _print_metrics(streams: Mapping[str, Any]) -> None:
     rows = [
         [name, point, *(100 * value for value in (streams[name]["mAP"], *(at[metric] for metric in LABEL_METRICS)))]
@@ -358,15 +397,14 @@ def _print_metrics(streams: Mapping[str, Any]) -> None:
 
 def _score_checkpoint(workspace: "Workspace", config: "RunConfig", path: Path, release: bool) -> dict[str, Any]:
     """The metrics of weights from a file, in the form that run records have."""
-    from mcar_lib.experiment import OPERATING_POINTS, STREAMS
-    from mcar_lib.metrics import multilabel_metrics
+    from mcar_lib.experiment import STREAMS, at_operating_points
 
     test = _load_split(workspace, config.dataset, "test", config.data_options)
     mcar, mean_std = _load_weights(config, len(test.classes), path, release)
     scores = _score(workspace, config, mcar, mean_std, test)
     found: dict[str, Any] = {}
     for name, stream in zip(STREAMS, (*scores, scores.fused), strict=True):
-        at = {point: multilabel_metrics(stream, test.targets, *limits) for point, limits in OPERATING_POINTS.items()}
+        at = at_operating_points(stream, test.targets)
         found[name] = {"mAP": at["0.5"]["mAP"], "at": at}
     return found
 

@@ -630,8 +630,17 @@ def _epoch_metrics(epoch: int, scores: StreamScores | None, test: ImageSet) -> d
     return {"epoch": epoch, **{name: _stream_metrics(stream, test.targets) for name, stream in streams}}
 
 
+def at_operating_points(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, dict[str, float]]:
+    """multilabel_metrics at each of OPERATING_POINTS; the top 3 of fewer classes are all of them."""
+    num_classes = scores.shape[1]
+    return {
+        name: multilabel_metrics(scores, targets, threshold, top_k and min(top_k, num_classes))
+        for name, (threshold, top_k) in OPERATING_POINTS.items()
+    }
+
+
 def _stream_metrics(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-    points = {name: multilabel_metrics(scores, targets, *point) for name, point in OPERATING_POINTS.items()}
+    points = at_operating_points(scores, targets)
     first = next(iter(points.values()))
     return {
         "mAP": first["mAP"],

@@ -26,6 +26,7 @@ from mcar_lib.data import (
     prepare,
     read_image,
 )
+from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ConfigError, DataError
 
@@ -343,12 +344,44 @@ def test_transparent_palette_entries_keep_their_colour(tmp_path: Path) -> None:
     assert read_image(tmp_path / "image.png")[:, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK"])
+def test_colours_are_those_of_pillow(tmp_path: Path, mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    path = tmp_path / ("image.png" if mode == "P" else "image.jpg")
+    Image.fromarray(pixels).convert(mode).save(path)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+        expected = np.array(stored.convert("RGB"))
+    assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), expected)
+
+
+def write_sideways(path: Path) -> None:
+    """A phone's photo, held upright: 6 x 4 stored pixels, red on the left, to be turned clockwise for viewing."""
     image = Image.new("RGB", (6, 4))
+    image.paste((255, 0, 0), (0, 0, 3, 4))
     exif = image.getexif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to view"
-    image.save(tmp_path / "image.jpg", exif=exif)
-    assert read_image(tmp_path / "image.jpg").shape == (3, 4, 6)
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, exif=exif, quality=100, subsampling=0)
+
+
+def test_exif_orientation_is_not_applied_where_boxes_refer_to_stored_pixels(voc: Path, tmp_path: Path) -> None:
+    write_sideways(photo_of(voc, "b1"))
+    assert load_voc(voc, "2007", "trainval").image(0).shape == (3, 4, 6)
+    write_coco(tmp_path)
+    write_sideways(tmp_path / "val2014" / "4.jpg")
+    assert load_coco(tmp_path, "val2014").image(0).shape == (3, 4, 6)
+
+
+def test_exif_orientation_is_applied_to_photos_of_a_table(tmp_path: Path) -> None:
+    write_sideways(tmp_path / "one.jpg")
+    (tmp_path / "labels.csv").write_text("path,labels\none.jpg,dog\n")
+    images = load_table(tmp_path / "labels.csv")
+    red = images.image(0)[0] > 128
+    assert red.shape == (6, 4)
+    assert red[:3].all()  # what was on the left is at the top
+    assert not red[3:].any()
+    assert prepare(images) != prepare(dataclasses.replace(images, upright=False))
 
 
 # ---- names
@@ -514,7 +547,7 @@ def write_coco(root: Path, **changes: object) -> Path:
 
 def test_coco_order_crowds_and_unlabelled_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_coco(tmp_path)
-    images = load_coco(tmp_path, "val2014")
+    images = load_coco(tmp_path, "val2014", ("apple", "zebra"))
     assert images.classes == ("apple", "zebra")
     assert images.ids == ("4", "30")
     assert images.paths == (tmp_path / "val2014" / "4.jpg", tmp_path / "val2014" / "30.jpg")
@@ -523,6 +556,21 @@ def test_coco_order_crowds_and_unlabelled_images(tmp_path: Path, capsys: pytest.
     assert images.boxes(0).xyxy.tolist() == [[11, 9, 12, 10]]
     assert images.boxes(1).xyxy.tolist() == [[1, 2, 5, 7], [0, 0, 12, 10]]
     assert capsys.readouterr().out == ""
+
+
+def test_coco_has_its_80_classes_whatever_the_file_lacks(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    images = load_coco(tmp_path, "val2014")
+    assert images.classes == COCO_CLASSES
+    assert [images.classes[column] for column in images.targets.nonzero()[:, 1]] == ["apple", "zebra"]
+
+
+def test_coco_categories_beyond_its_80_are_named_with_the_file(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, categories=[{"id": 9, "name": "zebra"}, {"id": 2, "name": "unicorn"}, {"id": 3}])
+    with pytest.raises(DataError, match="2 problems") as caught:
+        load_coco(tmp_path, "val2014")
+    assert str(path) in str(caught.value)
+    assert "category 2: 'unicorn' is not among the 80 classes; fetch the published file again" in str(caught.value)
 
 
 def test_coco_annotations_that_fit_nothing_are_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,17 @@ from mcar_lib.data.image_set import Boxes, ImageSet
 from mcar_lib.data.preparation import Problems
 from mcar_lib.errors import DataError
 
+# The 80 classes by name, the order of the release's outputs (airplane = 0, person = 49, zebra = 79).
+COCO_CLASSES = (
+    *("airplane", "apple", "backpack", "banana", "baseball bat", "baseball glove", "bear", "bed", "bench", "bicycle"),
+    *("bird", "boat", "book", "bottle", "bowl", "broccoli", "bus", "cake", "car", "carrot", "cat", "cell phone"),
+    *("chair", "clock", "couch", "cow", "cup", "dining table", "dog", "donut", "elephant", "fire hydrant", "fork"),
+    *("frisbee", "giraffe", "hair drier", "handbag", "horse", "hot dog", "keyboard", "kite", "knife", "laptop"),
+    *("microwave", "motorcycle", "mouse", "orange", "oven", "parking meter", "person", "pizza", "potted plant"),
+    *("refrigerator", "remote", "sandwich", "scissors", "sheep", "sink", "skateboard", "skis", "snowboard", "spoon"),
+    *("sports ball", "stop sign", "suitcase", "surfboard", "teddy bear", "tennis racket", "tie", "toaster", "toilet"),
+    *("toothbrush", "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra"),
+)
 # Images with at least one label.
 COCO_OFFICIAL_SIZES = {"train2014": 82081, "val2014": 40137}
 
@@ -34,31 +45,31 @@ class _Objects:
     first: Tensor
 
 
-def load_coco(root: Path | str, split: str) -> ImageSet:
+def load_coco(root: Path | str, split: str, classes: Sequence[str] = COCO_CLASSES) -> ImageSet:
     """Read "train2014" or "val2014" from root/annotations/instances_<split>.json and root/<split>/.
 
-    Classes are ordered by name, images by their number. Images without labels are dropped. Crowds (iscrowd)
+    Column k of the targets is classes[k], whatever order the file lists its categories in; a class that the file
+    lacks has no positives. Images are ordered by their number; those without labels are dropped. Crowds (iscrowd)
     count as labels, as in the release, which takes the category of every annotation; among the boxes they are
     flagged difficult. Boxes are rounded outward to whole pixels inside the image. Raises DataError for a
-    missing file, an annotation of an unknown category or image, or a box that is no box; images are checked
-    by `prepare`.
+    missing file, a category that is not among the classes, an annotation of an unknown category or image, or a box
+    that is no box; images are checked by `prepare`.
     """
     root = Path(root)
     path = root / "annotations" / f"instances_{split}.json"
     coco = _read_json(path)
-    problems = Problems(f"COCO2014 {split} ({path.name})")
-    categories = sorted(coco.cats.values(), key=lambda category: category["name"])
-    column = {category["id"]: number for number, category in enumerate(categories)}
-    annotations = _group_by_image(coco, column, problems)
+    problems = Problems(f"COCO2014 {split} ({path})")
+    column = _column_of_category(coco, tuple(classes), problems)
+    annotations = _group_by_image(coco, problems)
     problems.raise_if_any()
-    targets = torch.zeros((len(annotations), len(categories)), dtype=torch.int8)
+    targets = torch.zeros((len(annotations), len(classes)), dtype=torch.int8)
     for row, found in enumerate(annotations.values()):
         targets[row, [column[annotation["category_id"]] for annotation in found]] = 1
     objects = _pack_objects(annotations, coco.imgs, column)
     return ImageSet(
         name="COCO2014",
         split=split,
-        classes=tuple(category["name"] for category in categories),
+        classes=tuple(classes),
         ids=tuple(str(number) for number in annotations),
         paths=tuple(root / split / coco.imgs[number]["file_name"] for number in annotations),
         targets=targets,
@@ -89,12 +100,25 @@ def _read_json(path: Path) -> Any:
     return coco
 
 
-def _group_by_image(coco: Any, column: Mapping[int, int], problems: Problems) -> _Grouped:
+def _column_of_category(coco: Any, classes: tuple[str, ...], problems: Problems) -> dict[int, int]:
+    column = {}
+    for number, category in coco.cats.items():
+        if category.get("name") in classes:
+            column[number] = classes.index(category["name"])
+        else:
+            problems.add(
+                f"category {number}: {category.get('name')!r} is not among the {len(classes)} classes; fetch the "
+                "published file again, or describe images of your own in a table"
+            )
+    return column
+
+
+def _group_by_image(coco: Any, problems: Problems) -> _Grouped:
     grouped: _Grouped = {}
     for annotation in coco.dataset["annotations"]:
         place = f"annotation {annotation.get('id')}"
         box = annotation.get("bbox") or ()
-        if annotation.get("category_id") not in column:
+        if annotation.get("category_id") not in coco.cats:
             problems.add(f"{place}: unknown category id {annotation.get('category_id')}")
         elif annotation.get("image_id") not in coco.imgs:
             problems.add(f"{place}: unknown image id {annotation.get('image_id')}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -41,6 +41,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     official_size: number of images of the published split; None where nothing is published.
     annotation_files: the files that boxes are read from (`prepare` looks again when one of them changes).
     labelled: False where nobody has published labels; targets are then all 0 and mean nothing.
+    upright: whether photos are turned as their EXIF orientation says; see `read_image`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     official_size: int | None = None
     annotation_files: tuple[Path, ...] = ()
     labelled: bool = True
+    upright: bool = False
 
     def __post_init__(self) -> None:
         size = (len(self.ids), len(self.classes))
@@ -68,12 +70,12 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
 
     def image(self, index: int) -> Tensor:
         """The photo at `index`, uint8 (3, H, W); raises DataError when it cannot be read."""
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.upright)
 
     def boxes(self, index: int) -> Boxes:
         """The annotated objects of the image at `index`; raises DataError when there are none to read."""
         if self.read_boxes is None:
-            raise DataError(f"{self.title} has no boxes; VOC, COCO and scenes have some")
+            raise DataError(f"{self.title} has no boxes; VOC needs its folder Annotations for them, a table has none")
         return self.read_boxes(index)
 
     @property
@@ -108,12 +110,14 @@ def _read_chosen(read_boxes: Callable[[int], Boxes], chosen: tuple[int, ...], in
     return read_boxes(chosen[index])
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, upright: bool = False) -> Tensor:
     """Read one photo as RGB, uint8 (3, H, W); raises DataError when it is missing, truncated or no image.
 
-    The EXIF orientation is deliberately not applied: VOC and COCO boxes refer to the pixels as stored.
+    The EXIF orientation is deliberately not applied to VOC, COCO and scenes: their boxes refer to the pixels as
+    stored, and the release reads them so. `upright` applies it, for photos of one's own (a table has no boxes): a
+    phone stores the sensor's pixels, and a photo held sideways would be seen lying on its side.
     """
-    return decode_image(read_content(path), path)
+    return decode_image(read_content(path), path, upright)
 
 
 def read_content(path: Path) -> bytes:
@@ -121,14 +125,16 @@ def read_content(path: Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the image file ({error.strerror or error})") from error
+        raise DataError(
+            f"{path}: cannot read the image file ({error.strerror or error}); put it there, or fetch the data again"
+        ) from error
 
 
-def decode_image(content: bytes, path: Path) -> Tensor:
+def decode_image(content: bytes, path: Path, upright: bool = False) -> Tensor:
     """Decode the bytes of the image file `path` (named in errors) as `read_image` does."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(_to_rgb(image))
+            pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if upright else image))
     except Exception as error:  # a broken file makes Pillow raise almost anything, even struct.error
         raise DataError(f"{path}: not a complete image file ({error}); fetch it again") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

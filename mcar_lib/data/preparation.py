@@ -43,7 +43,7 @@ def prepare(
 ) -> str:
     """Decode every listed image, read every box file, and return the fingerprint of what was read.
 
-    The fingerprint is 16 hex characters over name, split, classes, ids, targets and the bytes of every image;
+    The fingerprint is 16 hex characters over name, split, classes, ids, targets, upright and the bytes of every image;
     the place and the dates of the files do not enter it. Raises one DataError that lists missing, broken and
     repeated images, an empty split and unreadable boxes. A passed check leaves a stamp in `cache_dir`; while
     sizes and modification times stay the same, the next call takes the fingerprint from there and decodes
@@ -92,7 +92,7 @@ def _check_one(image_set: ImageSet, index: int) -> tuple[bytes, list[str]]:
     content = b""
     try:
         content = read_content(path)
-        decode_image(content, path)
+        decode_image(content, path, image_set.upright)
     except DataError as error:
         found.append(str(error))
     if image_set.has_boxes:
@@ -104,7 +104,8 @@ def _check_one(image_set: ImageSet, index: int) -> tuple[bytes, list[str]]:
 
 
 def _labels_digest(image_set: ImageSet) -> "hashlib._Hash":
-    described = [image_set.name, image_set.split, image_set.classes, image_set.ids]
+    described: list[object] = [image_set.name, image_set.split, image_set.classes, image_set.ids]
+    described += ["upright"] if image_set.upright else []  # the same bytes are then other pixels
     digest = hashlib.sha256(json.dumps(described).encode())
     digest.update(image_set.targets.contiguous().numpy().tobytes())
     return digest

@@ -30,7 +30,8 @@ def load_table(
 
     Paths are relative to `image_root`, by default the folder of the CSV. `classes` are by default all labels
     of the whole file, sorted, so that every split has the same classes. A row without labels is negative for
-    all classes. Raises one DataError that lists the wrong rows by their line number.
+    all classes. Photos are turned upright as their EXIF orientation says. Raises one DataError that lists the
+    wrong rows by their line number.
     """
     csv_path = Path(csv_path)
     problems = Problems(str(csv_path))
@@ -52,6 +53,7 @@ def load_table(
         ids=tuple(row.path for row in chosen),
         paths=tuple(folder / row.path for row in chosen),
         targets=targets,
+        upright=True,
     )
 
 

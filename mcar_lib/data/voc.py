@@ -97,7 +97,10 @@ def _require_lists(lists: Path, split: str, year: str, labelled: bool) -> None:
         )
     if not (lists / f"{split}.txt").is_file():
         there = ", ".join(sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem))
-        raise DataError(f"{lists / split}.txt: no such image list; lists in this folder: {there or 'none'}")
+        raise DataError(
+            f"{lists / split}.txt: no such image list; lists in this folder: {there or 'none'}. Put it there, or fetch "
+            "the data again"
+        )
 
 
 def _read_ids(path: Path, problems: Problems) -> tuple[str, ...]:
@@ -168,7 +171,9 @@ def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], index: 
         # Direct children only: a person's <part> (head, hand, foot) has a name and a box as well.
         objects = ElementTree.parse(path).getroot().findall("object")
     except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"{path}: cannot read the annotation ({error})") from error
+        raise DataError(
+            f"{path}: cannot read the annotation ({error}); put it there, or fetch the data again"
+        ) from error
     corners, numbers, difficult = [], [], []
     for item in objects:
         name = (item.findtext("name") or "").strip()
