@@ -20,6 +20,7 @@ RELEASE_NAME = re.compile(
     r"(?:[._-]\D.*)?",  # .pth, .pth.tar, -best
     re.IGNORECASE,
 )
+NESTED_BLOCK = re.compile(r"features\.0\.\d+\.conv\.\d+\.\d+\.")
 SPELLINGS = {"mobilenetv2": "mobilenet_v2", "gap": "avg", "gmp": "max"}
 DATA_SETS_OF = {20: "voc2007 or voc2012", 80: "coco2014"}
 """Number of classes -> the published data sets that have as many."""
@@ -67,21 +68,23 @@ def load_release_checkpoint(path_or_dict: str | Path | Mapping[str, Any], model:
             raise CheckpointError(str(error)) from error
     named = {key.removeprefix("module."): value for key, value in loaded.items()}
     if "features.18.0.weight" in model.state_dict():
-        named = {_mobilenet_key(key): value for key, value in named.items()}
+        by_threes = any(NESTED_BLOCK.match(key) for key in named)
+        named = {_mobilenet_key(key, by_threes): value for key, value in named.items()}
     load_named(model, named, what)
     return model
 
 
-def _mobilenet_key(key: str) -> str:
+def _mobilenet_key(key: str, by_threes: bool) -> str:
     """A released key of MobileNet-v2 in our names.
 
     features.0 is the list of blocks and features.1 the last convolution, our block 18. Within a block the release
-    counts convolution, normalisation and activation one by one; ours come in threes, the last two without activation.
+    counts convolution, normalisation and activation one by one; ours come in threes (by_threes: as in the file too, as
+    torchvision has them), the last two without activation.
     """
     if key.startswith("features.1."):
         return key.replace("features.1.", "features.18.", 1)
     inner = re.fullmatch(r"features\.0\.(\d+)\.conv\.(\d+)\.(\w+)", key)
-    if inner is None:
+    if inner is None or by_threes:
         return re.sub(r"^features\.0\.", "features.", key)
     group, part = divmod(int(inner[2]), 3)
     num_threes = 1 if inner[1] == "1" else 2  # the first block does not expand its input

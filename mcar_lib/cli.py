@@ -169,7 +169,7 @@ def train(
     from mcar_lib.experiment import project_root
 
     results = results or project_root() / "results" / "local"
-    workspace, config = _open(profile, settings, results, data_root, artifacts, row)
+    workspace, config = _open(profile, settings, results, data_root, artifacts, row=row)
     if dry_run:
         for line in workspace.dry_run(config).lines:
             typer.echo(line)
@@ -182,6 +182,7 @@ def train(
 @app.command()
 def evaluate(
     profile: CheckpointProfile = None,
+    row: Row = None,
     settings: Settings = None,
     best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to score on the test split.")] = None,
@@ -194,7 +195,8 @@ def evaluate(
 
     With --release, data set, backbone, pooling, size, N and tau are taken from --set, else from the checkpoint's name
     (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile; where from is printed."""
-    workspace, config = _open_checkpoint(checkpoint, release, profile, settings, results, data_root, artifacts)
+    places = (results, data_root, artifacts)
+    workspace, config = _open_checkpoint(checkpoint, release, profile, settings, *places, row=row)
     if checkpoint is not None:
         _print_metrics(_score_checkpoint(workspace, config, checkpoint, release))
         return
@@ -218,7 +220,7 @@ def export(
 
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
-    workspace, config = _open(profile, settings, results, data_root, artifacts, row)
+    workspace, config = _open(profile, settings, results, data_root, artifacts, row=row)
     _trained_weights(workspace, config)  # this command trains nothing
     about = export_run(workspace, _record_of(workspace, config), output.resolve()).about
     output.with_suffix(".md").write_text(card_text(output.stem, about), encoding="utf-8")
@@ -230,6 +232,7 @@ def export(
 def submit(
     dataset: Annotated[str, typer.Argument(help="voc2012: the one data set whose test labels a server holds.")],
     profile: CheckpointProfile = None,
+    row: Row = None,
     settings: Settings = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to score with; else those of the run.")] = None,
     release: Release = False,
@@ -246,7 +249,8 @@ def submit(
         raise typer.BadParameter(f"{dataset!r}: only the test labels of voc2012 are held by a server")
     places = (results, data_root, artifacts)
     # The data set is the command's, whatever the checkpoint was trained on.
-    workspace, config = _open_checkpoint(checkpoint, release, profile, settings, *places, shown=RELEASED[1:])
+    shown = RELEASED[1:]
+    workspace, config = _open_checkpoint(checkpoint, release, profile, settings, *places, row=row, shown=shown)
     images = load_voc(workspace.root_of(dataset), "2012", "test", labelled=False)
     weights = checkpoint or _trained_weights(workspace, config)
     mcar, mean_std = _load_weights(config, len(images.classes), weights, release)
@@ -343,6 +347,7 @@ def _open(
     results: Path | None,
     data_root: Path | None,
     artifacts: Path | None,
+    *,
     row: str | None = None,
 ) -> tuple["Workspace", "RunConfig"]:
     """The workspace, and the profile's run or row with changes: options of its data set are added to, another's start
@@ -364,14 +369,19 @@ def _open_checkpoint(
     release: bool,
     profile: str | None,
     settings: Sequence[str] | None,
-    *places: Path | None,
+    results: Path | None,
+    data_root: Path | None,
+    artifacts: Path | None,
+    *,
+    row: str | None = None,
     shown: Sequence[str] = RELEASED,
 ) -> tuple["Workspace", "RunConfig"]:
     """As _open; for a released checkpoint with what its name says and no option does. Prints where values are from."""
     from mcar_lib.checkpoints import release_settings
 
+    places = (results, data_root, artifacts)
     if not release:
-        return _open(profile or "mini", settings, *places)
+        return _open(profile or "mini", settings, *places, row=row)
     if checkpoint is None:
         raise typer.BadParameter("--release needs --checkpoint FILE")
     profile, options, named = profile or "paper", parse_settings(settings or []), release_settings(checkpoint)
@@ -379,7 +389,7 @@ def _open_checkpoint(
         typer.echo(f"{checkpoint}: the name does not say <dataset>-<backbone>-<pooling>-<size>-<N>-<tau>", err=True)
     values = {"precision": "fp32", **named}  # the release scores in float32
     taken = [f"{key}={value}" for key, value in values.items() if key not in options]
-    workspace, config = _open(profile, [*taken, *(settings or [])], *places)
+    workspace, config = _open(profile, [*taken, *(settings or [])], *places, row=row)
     origins = {"precision": "the release", **dict.fromkeys(named, "the name"), **dict.fromkeys(options, "an option")}
     for key in shown:
         typer.echo(f"{key} = {getattr(config, key)}, from {origins.get(key, f'the profile {profile}')}")

@@ -501,6 +501,17 @@ def test_a_release_checkpoint_of_mobilenet_counts_layers_one_by_one() -> None:
     assert found[-4:] == ["0.17.conv.7", "1.0", "1.1", "convclass"]
 
 
+def test_a_release_checkpoint_of_mobilenet_may_also_nest_its_layers_as_torchvision_does() -> None:
+    torch.manual_seed(11)
+    state = build_mcar("mobilenet_v2", 20, "none").state_dict()
+    theirs = {}
+    for key, value in state.items():
+        is_last = key.startswith("features.18.")
+        renamed = key.replace("features.18.", "features.1.") if is_last else key.replace("features.", "features.0.", 1)
+        theirs[renamed] = value
+    assert same(load_release_checkpoint({"state_dict": theirs}, build_mcar("mobilenet_v2", 20, "none")), state)
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_release_checkpoint_loads(released: tuple[str, dict[str, Tensor], dict[str, Tensor]], prefix: str) -> None:
     backbone, state, theirs = released
