@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that training works where Ju
 """
 
 import json
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from mcar_lib import processes
 from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, ResultsError, WeightsError
 
 if TYPE_CHECKING:
@@ -39,9 +41,11 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with processes.one_voice():
+                return super().invoke(ctx)
         except MCARError as error:
-            typer.echo(f"error: {error}", err=True)
+            if processes.tells(error):
+                typer.echo(f"error: {error}", err=True)
             code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         except ModuleNotFoundError as error:
             if (error.name or "mcar_lib").startswith("mcar_lib"):
@@ -52,6 +56,11 @@ class Commands(TyperGroup):
             typer.echo("interrupted; the same command goes on from here", err=True)
             code = 130
         raise typer.Exit(code)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        processes.check_command(found[0])
+        return found
 
 
 app = typer.Typer(
@@ -122,7 +131,10 @@ def train(
     workspace, config = _open(profile, settings, results or project_root() / "results" / "local", data_root, artifacts)
     record = workspace.run(config)
     typer.echo(f"record: {record.path}")
-    _print_metrics(record.content["metrics"]["last"])
+    if record.is_scored:
+        _print_metrics(record.metrics["last"])
+    else:
+        typer.echo(_told_to_submit(profile, settings, results, data_root, artifacts))
 
 
 @app.command()
@@ -145,7 +157,7 @@ def evaluate(
         return
     record = _record_of(workspace, config)
     typer.echo(f"record: {record.path}")
-    _print_metrics(record.content["metrics"]["best" if best else "last"])
+    _print_metrics(record.metrics["best" if best else "last"])
 
 
 @app.command()
@@ -272,6 +284,16 @@ def _open(
     if isinstance(changes.setdefault("data_options", {}), dict):
         changes["data_options"] = {**known, **changes["data_options"]}
     return workspace, run.vary(**changes)
+
+
+def _told_to_submit(profile: str, settings: Sequence[str] | None, *folders: Path | None) -> str:
+    """What comes after a run that cannot be scored, with the options that name the same run."""
+    from mcar_lib.experiment import NO_TEST_LABELS
+
+    options = ["--profile", profile, *(part for text in settings or () for part in ("--set", text))]
+    for name, folder in zip(("--results", "--data-root", "--artifacts"), folders, strict=True):
+        options += [name, str(folder)] if folder else []
+    return f"{NO_TEST_LABELS}; next: mcar submit voc2012 {shlex.join(options)}"
 
 
 def _print_metrics(streams: Mapping[str, Any]) -> None:
