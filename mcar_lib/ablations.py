@@ -320,13 +320,10 @@ def _evaluation(folders: Sequence[Path], scored: Scored, record: Record) -> Mapp
     if scored.differs:
         content = kept(folders, "evaluations", evaluation_id(record.run_id, scored.differs))
         return content and {**content, "cost": {**record.content["cost"], **content["cost"]}}
-    cost, data = record.content["cost"], record.content["data"]
+    metrics, cost, data = record.metrics["last"], record.content["cost"], record.content["data"]
     tests = record.config.epochs * data["test_images"]
     milliseconds = 1000 * cost["test_seconds"] / tests
-    return {
-        "metrics": record.content["metrics"]["last"],
-        "cost": {**cost, "milliseconds_per_image": milliseconds},
-    }
+    return {"metrics": metrics, "cost": {**cost, "milliseconds_per_image": milliseconds}}
 
 
 def _comparison(folders: Sequence[Path], profile: Profile, a: Outcome, b: Outcome) -> Mapping[str, Any] | None:

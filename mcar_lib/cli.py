@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that training works where Ju
 """
 
 import json
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from mcar_lib import processes
 from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, ResultsError, WeightsError
 
 if TYPE_CHECKING:
@@ -44,9 +46,11 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with processes.one_voice():
+                return super().invoke(ctx)
         except MCARError as error:
-            typer.echo(f"error: {error}", err=True)
+            if processes.tells(error):
+                typer.echo(f"error: {error}", err=True)
             code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         except ModuleNotFoundError as error:
             if (error.name or "mcar_lib").startswith("mcar_lib"):
@@ -57,6 +61,11 @@ class Commands(TyperGroup):
             typer.echo("interrupted; the same command goes on from here", err=True)
             code = 130
         raise typer.Exit(code)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        processes.check_command(found[0])
+        return found
 
 
 app = typer.Typer(
@@ -168,15 +177,18 @@ def train(
     """Train one run, or find it if it was trained before, and print its metrics."""
     from mcar_lib.experiment import project_root
 
-    results = results or project_root() / "results" / "local"
-    workspace, config = _open(profile, settings, results, data_root, artifacts, row=row)
+    own = results or project_root() / "results" / "local"
+    workspace, config = _open(profile, settings, own, data_root, artifacts, row=row)
     if dry_run:
         for line in workspace.dry_run(config).lines:
             typer.echo(line)
         return
     record = workspace.run(config)
     typer.echo(f"record: {record.path}")
-    _print_metrics(record.content["metrics"]["last"])
+    if record.is_scored:
+        _print_metrics(record.metrics["last"])
+    else:
+        typer.echo(_told_to_submit(profile, row, settings, results, data_root, artifacts))
 
 
 @app.command()
@@ -202,7 +214,7 @@ def evaluate(
         return
     record = _record_of(workspace, config)
     typer.echo(f"record: {record.path}")
-    _print_metrics(record.content["metrics"]["best" if best else "last"])
+    _print_metrics(record.metrics["best" if best else "last"])
 
 
 @app.command()
@@ -394,6 +406,17 @@ def _open_checkpoint(
     for key in shown:
         typer.echo(f"{key} = {getattr(config, key)}, from {origins.get(key, f'the profile {profile}')}")
     return workspace, config
+
+
+def _told_to_submit(profile: str, row: str | None, settings: Sequence[str] | None, *folders: Path | None) -> str:
+    """What comes after a run that cannot be scored, with the options that name the same run."""
+    from mcar_lib.experiment import NO_TEST_LABELS
+
+    options = ["--profile", profile, *(["--row", row] if row else [])]
+    options += [*(part for text in settings or () for part in ("--set", text))]
+    for name, folder in zip(("--results", "--data-root", "--artifacts"), folders, strict=True):
+        options += [name, str(folder)] if folder else []
+    return f"{NO_TEST_LABELS}; next: mcar submit voc2012 {shlex.join(options)}"
 
 
 def _print_metrics(streams: Mapping[str, Any]) -> None:

@@ -25,11 +25,12 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcar_lib import backbones, metrics, model, recipe, regions
+from mcar_lib import backbones, metrics, model, processes, recipe, regions
 from mcar_lib.backbones import Backbone, build_backbone, weights_fingerprint
 from mcar_lib.checkpoints import load_named
 from mcar_lib.config import Profile, RunConfig, load_profile, make_config
 from mcar_lib.data import ImageSet, load_image_set, prepare, scenes_folder, transforms
+from mcar_lib.data.published import load_scored_split
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
 from mcar_lib.machine import describe_environment, peak_memory
@@ -52,6 +53,7 @@ OPERATING_POINTS: dict[str, tuple[float, int | None]] = {
 ARITHMETIC = (regions, model, backbones, metrics, transforms, recipe)
 BASELINE, METHOD = "global baseline", "MCAR"
 STREAMS = ("global", "local", "fused")
+NO_TEST_LABELS = "VOC2012 test has no public labels, so there is nothing to score"
 
 
 @functools.cache
@@ -102,9 +104,22 @@ class Record:
     def classes(self) -> list[str]:
         return list(self.content["data"]["classes"])
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are metrics: not where the labels of the test split are not public."""
+        return self.content["metrics"] is not None
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """ "last" and "best" epoch: the metrics of each stream; raises ResultsError where nothing was scored."""
+        if not self.is_scored:
+            raise ResultsError(f"{self.path}: no metrics: {NO_TEST_LABELS}; mcar submit voc2012 has its server do it")
+        metrics: Mapping[str, Any] = self.content["metrics"]
+        return metrics
+
     def stream(self, name: str = "fused", epoch: str = "last") -> Mapping[str, Any]:
         """The metrics of one stream (global, local, fused) at the last or the best epoch."""
-        stream: Mapping[str, Any] = self.content["metrics"][epoch][name]
+        stream: Mapping[str, Any] = self.metrics[epoch][name]
         return stream
 
     def map(self, name: str = "fused", epoch: str = "last") -> float:
@@ -170,12 +185,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test images of one configuration, checked, with the fingerprints of what was read."""
+    """Training and test images of one configuration, checked, with the fingerprints of what was read.
+
+    scored: the test images, or None where their labels are not public.
+    """
 
     train: ImageSet
-    test: ImageSet
+    scored: ImageSet | None
     train_fingerprint: str
     test_fingerprint: str
+
+    @property
+    def test(self) -> ImageSet:
+        """The test images; raises DataError where nothing can be scored."""
+        if self.scored is None:
+            raise DataError(f"{NO_TEST_LABELS}; mcar submit voc2012 writes what its server scores")
+        return self.scored
 
 
 class Workspace:
@@ -221,14 +246,17 @@ class Workspace:
         """Both splits of a configuration's data set, every file checked. Scenes are written first if need be."""
         key = json.dumps([config.dataset, config.data_options], sort_keys=True)
         if key not in self._data:
-            root = self.root_of(config.dataset)
-            if config.dataset == "scenes":
-                with Progress("drawing scenes", 1, enabled=self.verbose) as progress:
-                    scenes_folder(root, progress.update, **config.data_options)
-            train = load_image_set(config.dataset, "train", root, **config.data_options)
-            test = load_image_set(config.dataset, "test", root, **config.data_options)
-            self._data[key] = Data(train, test, self._prepare(train), self._prepare(test))
+            self._data[key] = processes.main_first(lambda: self._read_data(config))
         return self._data[key]
+
+    def _read_data(self, config: RunConfig) -> Data:
+        root = self.root_of(config.dataset)
+        if config.dataset == "scenes":
+            with Progress("drawing scenes", 1, enabled=self.verbose) as progress:
+                scenes_folder(root, progress.update, **config.data_options)
+        train = load_image_set(config.dataset, "train", root, **config.data_options)
+        test = load_scored_split(config.dataset, root, **config.data_options)
+        return Data(train, test, self._prepare(train), "not public" if test is None else self._prepare(test))
 
     def root_of(self, dataset: str) -> Path:
         """Where a data set lies: scenes among the artifacts, any other below the data root, else DataError."""
@@ -275,34 +303,38 @@ class Workspace:
     def find(self, config: RunConfig) -> Record | None:
         """The current record of a configuration: among the results read first, else among the local ones."""
         keys = self.known_keys(config)
-        for folder in dict.fromkeys((self.folder, self.local_folder)):
-            for record in read_records(folder):
-                if is_current(record, keys) and record.config == config:
-                    return record
-        return None
+
+        def found() -> Record | None:
+            for folder in dict.fromkeys((self.folder, self.local_folder)):
+                for record in read_records(folder):
+                    if is_current(record, keys) and record.config == config:
+                        return record
+            return None
+
+        return processes.from_main(found)
 
     def run(self, config: RunConfig) -> Record:
         """The record of a run, trained first if there is none that is current.
 
-        Raises the errors of data, weights and training. Nothing that was there before is lost when it fails.
+        Several processes train it together: all of them call this and get the record. Raises the errors of data,
+        weights and training. Nothing that was there before is lost when it fails.
         """
+        processes.check_batch(config.batch_size, config.statistics_batch)
         return self.find(config) or self._train(config)
 
     def _train(self, config: RunConfig) -> Record:
-        _check_writable(self.local_folder / "runs")
+        processes.from_main(lambda: _check_writable(self.local_folder / "runs"))
         keys = self.keys(config)
         run_id = run_id_of(config, keys)
         folder = self.artifacts / "runs" / run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            found = self.find(config)  # another process may have finished it while this one waited
+        with _locked(folder):
+            found = self.find(config)  # another job may have finished it while this one waited
             if found is not None:
                 return found
             if self.verbose:
                 say(f"training {config.label} ({run_id})")
             started = time.monotonic()
             trained, state = self._fit(config, folder)
-            data = self.data(config)
             content = {
                 "format": RECORD_FORMAT,
                 "run_id": run_id,
@@ -310,19 +342,20 @@ class Workspace:
                 "profile": self.profile.name,
                 "config": config.model_dump(mode="json"),
                 "keys": keys,
-                "data": _describe_data(data),
-                "metrics": {
-                    "last": _epoch_metrics(config.epochs, state.last, data.test),
-                    "best": _epoch_metrics(state.best_epoch, state.best, data.test),
-                },
+                "data": _describe_data(self.data(config)),
+                "metrics": _metrics_of(config, state, self.data(config).scored),
                 "history": [asdict(result) for result in state.history],
                 "cost": _cost(trained, config, state, time.monotonic() - started),
                 "environment": describe_environment(self.profile.threads),
             }
             path = self.local_folder / "runs" / f"{config.label}-{run_id}.json"
-            write_json(path, content)
-            _remove_checkpoints(folder)
-            return Record(path, content)
+
+            def keep() -> Record:
+                write_json(path, content)
+                _remove_checkpoints(folder)
+                return Record(path, content)
+
+            return processes.from_main(keep)
 
     def _fit(self, config: RunConfig, folder: Path) -> tuple[MCAR, Fit]:
         data = self.data(config)
@@ -330,21 +363,24 @@ class Workspace:
             raise ConfigError(
                 f"num_regions is {config.num_regions}; {data.train.title} has {len(data.train.classes)} classes"
             )
-        mcar, mean_std = build_model(config, len(data.train.classes))
-        train, test = self.resized(data.train, config.image_size), self.resized(data.test, config.image_size)
+        mcar, mean_std = processes.main_first(lambda: build_model(config, len(data.train.classes)))  # may be a download
+        train = self.resized(data.train, config.image_size)
+        test = None if data.scored is None else self.resized(data.scored, config.image_size)
         with _threads(self.profile.threads):
             state = fit(mcar, train, test, config, mean_std, folder, verbose=self.verbose)
-        assert state.last is not None
-        assert state.best is not None
-        _save_outcome(folder, mcar, state)
+        processes.from_main(lambda: _save_outcome(folder, mcar, state))
         return mcar, state
 
     def dry_run(self, config: RunConfig) -> "DryRun":
-        """Two training steps and one test batch of a run, on its own data and device; nothing is kept."""
+        """Two training steps and one test batch of a run, on its own data and device; nothing is kept.
+
+        Where the test labels are not public, training photos are scored instead.
+        """
         data = self.data(config)
         train = data.train.select(range(min(2 * config.batch_size, len(data.train))))
-        test = data.test.select(range(min(EVALUATION_BATCH, len(data.test))))
-        mcar, mean_std = build_model(config, len(train.classes))
+        scored = data.train if data.scored is None else data.scored
+        test = scored.select(range(min(EVALUATION_BATCH, len(scored))))
+        mcar, mean_std = processes.main_first(lambda: build_model(config, len(train.classes)))
         squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
         with tempfile.TemporaryDirectory() as folder, _threads(self.profile.threads):
             state = fit(mcar, *squares, config.vary(epochs=1), mean_std, Path(folder), verbose=False)
@@ -360,20 +396,24 @@ class Workspace:
 
     def scores(self, config: RunConfig, epoch: str = "last") -> StreamScores:
         """Test scores of a run at its last or best epoch; trained here where they are not on this machine."""
+        _ = self.data(config).test  # DataError where there is nothing to score
         with np.load(self._outcome(config) / "scores.npz") as stored:
             return StreamScores(*(torch.from_numpy(stored[f"{epoch}_{name}"]) for name in STREAMS[:2]))
 
     def _outcome(self, config: RunConfig) -> Path:
         self.run(config)
         folder = self.artifacts / "runs" / run_id_of(config, self.keys(config))
-        if not (folder / "scores.npz").exists():
+
+        def lacks_weights() -> bool:
+            return processes.from_main(lambda: not (folder / "model.safetensors").exists())
+
+        if lacks_weights():
             if self.verbose:
                 say(f"the weights of {config.label} are not on this machine; training it")
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / "lock"):
-                if not (folder / "scores.npz").exists():  # another process may have finished it meanwhile
+            with _locked(folder):
+                if lacks_weights():  # another job may have finished it meanwhile
                     self._fit(config, folder)
-                _remove_checkpoints(folder)
+                processes.from_main(lambda: _remove_checkpoints(folder))
         return folder
 
     # Tests and comparisons -------------------------------------------------------------------------------------------
@@ -578,6 +618,16 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other jobs from a run's folder; of several processes the main one holds the lock for all."""
+    with contextlib.ExitStack() as stack:
+        if processes.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / "lock"))
+        yield
+
+
 def _check_writable(folder: Path) -> None:
     """Fails before an hour of training, not after it."""
     try:
@@ -589,17 +639,16 @@ def _check_writable(folder: Path) -> None:
 
 
 def _save_outcome(folder: Path, mcar: MCAR, state: Fit) -> None:
-    """Weights and scores of a finished run."""
-    assert state.last is not None
-    assert state.best is not None
+    """Scores of a finished run, if it was scored, and its weights: last, for they tell that all is there."""
     arrays = {
         f"{epoch}_{name}": stream.numpy()
         for epoch, scores in (("last", state.last), ("best", state.best))
-        for name, stream in zip(STREAMS[:2], scores, strict=True)
+        for name, stream in zip(STREAMS[:2], scores or (), strict=False)
     }
+    if arrays:
+        write_atomically(folder / "scores.npz", lambda path: _save_arrays(path, arrays))
     weights = {key: value.detach().cpu().contiguous() for key, value in mcar.state_dict().items()}
     write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
-    write_atomically(folder / "scores.npz", lambda path: _save_arrays(path, arrays))
 
 
 def _remove_checkpoints(folder: Path) -> None:
@@ -614,13 +663,24 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _describe_data(data: Data) -> dict[str, Any]:
+    test = data.scored
     return {
         "train": data.train.title,
-        "test": data.test.title,
+        "test": None if test is None else test.title,
         "train_images": len(data.train),
-        "test_images": len(data.test),
-        "subset": data.train.is_subset or data.test.is_subset,
-        "classes": list(data.test.classes),
+        "test_images": None if test is None else len(test),
+        "subset": data.train.is_subset or (test is not None and test.is_subset),
+        "classes": list(data.train.classes),
+    }
+
+
+def _metrics_of(config: RunConfig, state: Fit, test: ImageSet | None) -> dict[str, Any] | None:
+    """The metrics of a run's last and best epoch; None where nothing could be scored."""
+    if test is None:
+        return None
+    return {
+        "last": _epoch_metrics(config.epochs, state.last, test),
+        "best": _epoch_metrics(state.best_epoch, state.best, test),
     }
 
 

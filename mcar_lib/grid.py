@@ -50,7 +50,7 @@ def run_grid(workspace: Workspace, configs: Sequence[RunConfig], at_once: int | 
     for config, error in _train_all(workspace, waiting, at_once):
         outcomes[_key(config)] = outcome = _note_outcome(workspace, config, error)
         done = sum(key in outcomes for key in missing)
-        text = f"failed: {error}" if isinstance(outcome, Failure) else f"mAP {100 * outcome.map():.1f}"
+        text = _told(outcome)
         seconds = format_seconds(time.monotonic() - started)
         say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {text}")
     return [outcomes[_key(config)] for config in configs]
@@ -90,6 +90,12 @@ def note_failure(folder: Path, name: str, error: str) -> None:
 def forget_failure(folder: Path, name: str) -> None:
     """Drops the note of an earlier failure."""
     (folder / "failures" / f"{name}.json").unlink(missing_ok=True)
+
+
+def _told(outcome: Record | Failure) -> str:
+    if isinstance(outcome, Failure):
+        return f"failed: {outcome.error}"
+    return f"mAP {100 * outcome.map():.1f}" if outcome.is_scored else "trained, not scored"
 
 
 def _note_outcome(workspace: Workspace, config: RunConfig, error: str | None) -> Record | Failure:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mcar_lib import processes
+
 
 def peak_memory() -> int:
     """Bytes: of the GPU's memory where there is one, else of this process."""
@@ -22,7 +24,10 @@ def peak_memory() -> int:
 
 
 def describe_environment(threads: int = 0) -> dict[str, Any]:
-    """The machine, the versions and the commit of a run, for its record; threads: of the run, 0 for torch's own."""
+    """The machine, the versions and the commit of a run, for its record; threads: of each process, 0 for torch's own.
+
+    Records that lack "processes" were made by one.
+    """
     packages = ("torch", "torchvision", "accelerate", "numpy", "pillow", "mcar-lib")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
@@ -30,6 +35,7 @@ def describe_environment(threads: int = 0) -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
+        "processes": processes.count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

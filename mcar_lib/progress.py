@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from mcar_lib import processes
+
 SECONDS_BETWEEN_LOG_LINES = 30.0
 SECONDS_BETWEEN_UPDATES = 0.5
 
@@ -19,13 +21,14 @@ def format_seconds(seconds: float) -> str:
 
 class Progress:
     """One line of progress over `total` units. A terminal and a notebook rewrite the line; a log file gets a new one
-    every half minute, and none at all for work that is over sooner."""
+    every half minute, and none at all for work that is over sooner. Of several processes only the main one shows it."""
 
     def __init__(self, what: str, total: int, unit: str = "images", enabled: bool = True) -> None:
-        self.what, self.total, self.unit, self.enabled = what, total, unit, enabled
+        self.what, self.total, self.unit = what, total, unit
+        self.enabled = enabled and processes.is_main()
         self.done = 0
         self.started = self.shown = time.monotonic()
-        self._write, self._finish = _writer() if enabled else (_ignore, _ignore)
+        self._write, self._finish = _writer() if self.enabled else (_ignore, _ignore)
         self._interval = SECONDS_BETWEEN_LOG_LINES if self._write is _log_line else SECONDS_BETWEEN_UPDATES
 
     def __enter__(self) -> "Progress":
@@ -53,8 +56,9 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """One lasting line of a run's story (an epoch's result, a fallback), in every setting."""
-    print(line, flush=True)
+    """One lasting line of a run's story (an epoch's result, a fallback), in every setting, from the main process."""
+    if processes.is_main():
+        print(line, flush=True)
 
 
 def _ignore(line: str) -> None:

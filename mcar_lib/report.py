@@ -90,7 +90,7 @@ def runs_table(result: MainResult) -> pd.DataFrame:
     rows = []
     for name, group in result.runs.items():
         for record in group:
-            best = record.content["metrics"]["best"]
+            best = record.metrics["best"]
             rows.append(
                 {
                     "model": name,
@@ -374,8 +374,10 @@ def _cell(value: object, digits: int) -> str:
 
 def compare_results(committed: Path, local: Path) -> pd.DataFrame:
     """Committed records against those made here, matched by configuration: fused and global mAP, last epoch."""
-    ours = {record.config.model_dump_json(): record for record in read_records(local)}
-    theirs = {record.config.model_dump_json(): record for record in read_records(committed)}
+    theirs, ours = (
+        {record.config.model_dump_json(): record for record in read_records(folder) if record.is_scored}
+        for folder in (committed, local)
+    )
     rows = []
     for key in dict.fromkeys([*theirs, *ours]):
         for stream in ("fused", "global"):

@@ -1,11 +1,17 @@
-"""Fit, evaluate, checkpoint. A run that is killed goes on from its last whole epoch and ends with the same numbers."""
+"""Fit, evaluate, checkpoint. A run that is killed goes on from its last whole epoch and ends with the same numbers.
+
+Several processes (mcar_lib.processes) share each batch in equal consecutive pieces, and the batches of a test. A piece
+has its own batch statistics, as the images on each of the release's GPUs had: so P processes train like one with
+statistics_batch = batch_size / P, but for the running statistics, which are those of the main process's pieces.
+"""
 
 import contextlib
 import ctypes
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +19,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
-from torch import Tensor
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
+from mcar_lib import processes
 from mcar_lib.checkpoints import load_named
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import CheckpointError, ConfigError
@@ -26,6 +32,7 @@ from mcar_lib.progress import Progress, format_seconds, say
 from mcar_lib.recipe import (
     EPOCH,
     EVALUATION,
+    INITIALISATION,
     EpochOrder,
     MeanStd,
     Recipe,
@@ -46,21 +53,27 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One line of a run's history: mean losses over the epoch's images, mAP of each stream on the test set, cost."""
+    """One line of a run's history: mean losses over the epoch's images, mAP of each stream on the test set, cost.
+
+    mAP is None where there is no test set.
+    """
 
     epoch: int
     global_loss: float
     local_loss: float
-    map_global: float
-    map_local: float
-    map_fused: float
+    map_global: float | None
+    map_local: float | None
+    map_fused: float | None
     train_seconds: float
     test_seconds: float
 
 
 @dataclass
 class Fit:
-    """Where a training run stands: its history and the test scores after the last and after the best epoch."""
+    """Where a training run stands: its history and the test scores after the last and after the best epoch.
+
+    Before the first epoch, and without a test set, there are no scores, and best_epoch is 0.
+    """
 
     history: list[EpochResult] = field(default_factory=list)
     last: StreamScores | None = None
@@ -71,7 +84,7 @@ class Fit:
 def fit(
     model: MCAR,
     train: ResizedImages,
-    test: ResizedImages,
+    test: ResizedImages | None,
     recipe: Recipe,
     mean_std: MeanStd,
     folder: Path,
@@ -81,10 +94,13 @@ def fit(
     """Trains a model, tests it after each epoch, and leaves a checkpoint of each epoch in a folder.
 
     Called again with the same arguments it goes on after the last whole epoch; the end is the same bit for bit on one
-    machine. The model holds the last epoch's weights afterwards. workers: processes that read images (0: this one).
-    Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint of another architecture or
-    recipe; a truncated checkpoint is passed over for the one before it, and said so.
+    machine with as many processes. The model holds the last epoch's weights afterwards. test: None where nothing can be
+    scored. workers: processes that read images (0: this one).
+    Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint of another architecture or recipe,
+    ConfigError on a batch that the processes cannot share; a truncated checkpoint is passed over for the one before it,
+    and said so.
     """
+    processes.check_batch(recipe.batch_size, recipe.statistics_batch)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     accelerator = _accelerator(recipe.precision)
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,33 +109,48 @@ def fit(
     optimizer = build_optimizer(model, recipe)
     _check_warmup(recipe, len(loader))
     schedule = build_schedule(optimizer, recipe, len(loader))
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="`broadcast_buffers`", category=FutureWarning
+        )  # accelerate has no other
+        wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     state = _resume(folder, recipe, model, optimizer, schedule)
     for epoch in range(len(state.history), recipe.epochs):
         dataset.epoch = order.epoch = epoch
-        seed_everything(model, recipe.seed, epoch, EPOCH)
+        _seed(model, recipe.seed, epoch, EPOCH)
         started = time.monotonic()
         wrapped.train()
-        sums, count = torch.zeros(2, dtype=torch.float64), 0
+        sums = torch.zeros(2, dtype=torch.float64)
         with Progress(f"epoch {epoch + 1}/{recipe.epochs}", len(train), enabled=verbose) as progress:
-            for images, targets in loader:
-                x = network_input(images, accelerator.device, mean_std)
-                loss, parts = training_step(wrapped, x, targets, recipe.statistics_batch)
+            for step, (images, targets) in enumerate(loader):
+                size = min(recipe.batch_size, len(train) - step * recipe.batch_size)
+                own = processes.share_of(size, recipe.batch_size)
+                # accelerate fills up the epoch's last batch with images of its first: they count for nothing here, and
+                # stand in only where a process has no image of its own, for it must take part in the step.
+                used = own or len(images)
+                x = network_input(images[:used], accelerator.device, mean_std)
+                loss, parts = training_step(wrapped, x, targets[:used], recipe.statistics_batch)
                 optimizer.zero_grad(set_to_none=True)
-                accelerator.backward(loss)
+                # Gradients are averaged over the processes: weighted by their images, that is the mean over the batch.
+                accelerator.backward(loss * (own * processes.count() / size))
                 optimizer.step()
                 schedule.step()
-                sums += torch.tensor(parts, dtype=torch.float64) * len(images)
-                count += len(images)
-                progress.advance(len(images))
+                sums += torch.tensor(parts, dtype=torch.float64) * own
+                progress.advance(size)
+        # Each process has running statistics of its own pieces. All go on with the main process's, which the checkpoint
+        # holds, as data parallelism in the release kept those of its first GPU.
+        processes.take_buffers_of_main(model)
         trained = time.monotonic()
-        scores = evaluate(model, test, mean_std, recipe.precision, recipe.seed, verbose=verbose)
-        global_loss, local_loss = (sums / count).tolist()
-        seconds = (trained - started, time.monotonic() - trained)
-        result = EpochResult(epoch + 1, global_loss, local_loss, *stream_map(scores, test), *seconds)
+        scores = None if test is None else evaluate(model, test, mean_std, recipe.precision, recipe.seed, verbose)
+        global_loss, local_loss = (torch.stack(processes.gathered([sums])).sum(dim=0) / len(train)).tolist()
+        maps = stream_map(scores, test) if scores is not None and test is not None else (None, None, None)
+        tested = time.monotonic()
+        result = EpochResult(
+            epoch + 1, global_loss, local_loss, maps[0], maps[1], maps[2], trained - started, tested - trained
+        )
         _note_epoch(state, result, scores)
-        if accelerator.is_main_process:
+        if processes.is_main():
             _save(folder, recipe, state, model, optimizer, schedule)
         if verbose:
             say(_epoch_line(result, recipe.epochs, len(train)))
@@ -134,18 +165,27 @@ def evaluate(
     seed: int = 0,
     verbose: bool = True,
 ) -> StreamScores:
-    """Scores (n, K) of every image in order, under no_grad and in evaluation mode."""
+    """Scores (n, K) of every image in order, under no_grad and in evaluation mode.
+
+    Several processes take the batches in turn, and all get all scores: those of one process, but for selection
+    "random", whose numbers each process draws for itself.
+    """
     accelerator = _accelerator(precision)
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.eval()
-    seed_everything(model, seed, 0, EVALUATION)
-    parts: list[StreamScores] = []
+    _seed(model, seed, 0, EVALUATION)
+    parts: list[tuple[int, StreamScores]] = []
     with Progress("testing", len(test), enabled=verbose) as progress:
-        for images in _batches(test):
-            with accelerator.autocast():
-                parts.append(batch_scores(model, network_input(images, accelerator.device, mean_std)))
-            progress.advance(len(images))
-    return StreamScores(*(torch.cat(stream) for stream in zip(*parts, strict=True)))
+        for first in range(0, len(test), EVALUATION_BATCH):
+            last = min(first + EVALUATION_BATCH, len(test))
+            if first // EVALUATION_BATCH % processes.count() == processes.index():
+                images = torch.stack([test[index] for index in range(first, last)])
+                with accelerator.autocast():
+                    scores = batch_scores(model, network_input(images, accelerator.device, mean_std))
+                parts.append((first, scores))
+            progress.update(last, len(test))
+    in_order = [scores for _, scores in sorted(processes.gathered(parts), key=lambda part: part[0])]
+    return StreamScores(*(torch.cat(stream) for stream in zip(*in_order, strict=True)))
 
 
 def keep_freed_memory() -> None:
@@ -166,10 +206,9 @@ def stream_map(scores: StreamScores, test: ResizedImages) -> tuple[float, float,
     return each[0], each[1], each[2]
 
 
-def _batches(images: ResizedImages) -> Iterator[Tensor]:
-    for first in range(0, len(images), EVALUATION_BATCH):
-        last = min(first + EVALUATION_BATCH, len(images))
-        yield torch.stack([images[index] for index in range(first, last)])
+def _seed(model: MCAR, seed: int, epoch: int, stream: int) -> None:
+    """Seeds a process for an epoch or a test; no two draw the same numbers. INITIALISATION is the last stream."""
+    seed_everything(model, seed, epoch, stream + INITIALISATION * processes.index())
 
 
 def _check_warmup(recipe: Recipe, steps_per_epoch: int) -> None:
@@ -183,26 +222,33 @@ def _check_warmup(recipe: Recipe, steps_per_epoch: int) -> None:
 
 def _accelerator(precision: str) -> Accelerator:
     keep_freed_memory()
+    processes.count()  # makes the process group, if there is to be one, the way this project wants it
     AcceleratorState._reset_state()  # else a process could only use the precision of its first run
     # The effective batch stays the recipe's: several processes share it instead of each taking one.
     return Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # To hand out buffers before each forward pass would forbid several of them (statistics_batch) in one step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
-def _note_epoch(state: Fit, result: EpochResult, scores: StreamScores) -> None:
-    if not state.history or result.map_fused > state.history[state.best_epoch - 1].map_fused:
-        state.best, state.best_epoch = scores, result.epoch
+def _note_epoch(state: Fit, result: EpochResult, scores: StreamScores | None) -> None:
     state.history.append(result)
     state.last = scores
+    if result.map_fused is None:
+        return
+    best = state.history[state.best_epoch - 1].map_fused if state.best_epoch else None
+    if best is None or result.map_fused > best:
+        state.best, state.best_epoch = scores, result.epoch
 
 
 def _epoch_line(result: EpochResult, epochs: int, num_images: int) -> str:
+    maps = {"global": result.map_global, "local": result.map_local, "fused": result.map_fused}
+    scored = " ".join(f"{name} {100 * value:.1f}" for name, value in maps.items() if value is not None)
     return (
         f"epoch {result.epoch}/{epochs}: loss global {result.global_loss:.4f} local {result.local_loss:.4f}, "
-        f"mAP global {100 * result.map_global:.1f} local {100 * result.map_local:.1f} "
-        f"fused {100 * result.map_fused:.1f}, {num_images / result.train_seconds:.0f} images/s, "
+        f"{f'mAP {scored}' if scored else 'not scored'}, {num_images / result.train_seconds:.0f} images/s, "
         f"{format_seconds(result.train_seconds + result.test_seconds)}"
     )
 
@@ -238,7 +284,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _resume(folder: Path, recipe: Recipe, model: MCAR, optimizer: Any, schedule: Any) -> Fit:
-    found = _newest_checkpoint(folder)
+    found = processes.from_main(lambda: _newest_checkpoint(folder))
     if found is None:
         return Fit()
     path, content = found
@@ -252,7 +298,8 @@ def _resume(folder: Path, recipe: Recipe, model: MCAR, optimizer: Any, schedule:
     optimizer.load_state_dict(content["optimizer"])
     schedule.load_state_dict(content["schedule"])
     history = [EpochResult(**result) for result in content["history"]]
-    return Fit(history, StreamScores(*content["last"]), StreamScores(*content["best"]), content["best_epoch"])
+    last, best = (StreamScores(*content[epoch]) if content[epoch] else None for epoch in ("last", "best"))
+    return Fit(history, last, best, content["best_epoch"])
 
 
 def _newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

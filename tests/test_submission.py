@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import shlex
 import tarfile
 import tomllib
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_data import write_voc
 from typer.testing import CliRunner, Result
 
@@ -21,7 +22,8 @@ from mcar_lib.data import load_voc, prepare
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import DataError, ResultsError
-from mcar_lib.experiment import Record, Workspace, build_model
+from mcar_lib.experiment import STREAMS, Record, Workspace, build_model, read_records
+from mcar_lib.report import compare_results
 from mcar_lib.submission import read_voc2012_submission, write_voc2012_submission
 from mcar_lib.training import evaluate
 
@@ -307,3 +309,95 @@ def test_submit_names_the_photos_that_are_missing(
     done = mcar("submit", "voc2012", *options, "--checkpoint", tmp_path / "weights.pth")
     assert done.exit_code == 3
     assert f"{IDS[1]}.jpg: cannot read" in done.stderr
+
+
+# ---- a run on VOC2012, whose test labels nobody has
+
+
+@pytest.fixture
+def voc2012(voc2012_test: Path) -> Path:
+    """The same data root with a few photos of trainval, which have labels."""
+    labels = {f"2009_00000{number}": {"dog": 1} if number % 2 else {"cat": 1} for number in range(8)}
+    write_voc(voc2012_test, labels, "trainval", "2012")
+    return voc2012_test
+
+
+def trained(options: tuple[object, ...], *more: object) -> Result:
+    return mcar("train", *options[:-2], "--set", "dataset=voc2012", *more)
+
+
+def test_a_run_whose_test_labels_nobody_has_is_trained_and_submitted(
+    options: tuple[object, ...], voc2012: Path, tmp_path: Path
+) -> None:
+    done = trained(options)
+    assert done.exit_code == 0, done.output
+    assert "VOC2012 test has no public labels, so there is nothing to score; next: mcar submit voc2012" in done.stdout
+    assert "mAP" not in done.stdout
+    command = shlex.split(done.stdout.partition("next: mcar ")[2])
+    done = mcar(*command, *options[-2:])
+    assert done.exit_code == 0, done.output
+    found = read_voc2012_submission(tmp_path / "out" / "scores.tar.gz")
+    (weights,) = tmp_path.glob("artifacts/runs/*/model.safetensors")
+    model, mean_std = build_model(make_config(run_config()), 20)
+    model.load_state_dict(load_file(weights))
+    photos = ResizedImages(load_voc(voc2012, "2012", "test", labelled=False), 64)
+    assert torch.equal(found.scores.float(), evaluate(model, photos, mean_std, verbose=False).fused)
+
+
+def test_a_record_without_test_labels_has_no_metrics(
+    options: tuple[object, ...], voc2012: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("mcar_lib.training.evaluate")  # nothing is scored after an epoch either
+    assert trained(options).exit_code == 0
+    (record,) = read_records(tmp_path / "results" / "tiny")
+    assert record.content["metrics"] is None
+    assert (record.content["data"]["test"], record.content["data"]["test_images"]) == (None, None)
+    (epoch,) = record.content["history"]
+    assert {epoch[f"map_{stream}"] for stream in STREAMS} == {None}
+    assert epoch["global_loss"] > 0
+    with pytest.raises(ResultsError, match=r"no metrics: VOC2012 test has no public labels"):
+        record.map()
+    assert compare_results(tmp_path / "results" / "tiny", tmp_path / "results" / "tiny").empty
+    done = mcar("evaluate", *options[:-2], "--set", "dataset=voc2012")
+    assert done.exit_code == 5
+    assert "no metrics" in done.stderr
+
+
+def test_a_run_without_test_labels_is_the_same_without_the_test_photos(
+    options: tuple[object, ...], voc2012: Path, tmp_path: Path
+) -> None:
+    (voc2012 / "VOCdevkit/VOC2012/ImageSets/Main/test.txt").unlink()
+    assert "next: mcar submit voc2012" in trained(options).stdout
+    workspace = Workspace("smoke", tmp_path / "results", voc2012, tmp_path / "artifacts")
+    config = make_config(run_config()).vary(dataset="voc2012")
+    before = workspace.keys(config)
+    (voc2012 / "VOCdevkit/VOC2012/ImageSets/Main/test.txt").write_text("\n".join(IDS))
+    again = Workspace("smoke", tmp_path / "results", voc2012, tmp_path / "artifacts")
+    assert again.keys(config) == before
+    for scored in (lambda: again.data(config).test, lambda: again.scores(config)):
+        with pytest.raises(DataError, match="nothing to score; mcar submit voc2012"):
+            scored()
+
+
+def test_a_run_with_test_labels_of_one_s_own_is_scored(
+    options: tuple[object, ...], voc2012: Path, tmp_path: Path
+) -> None:
+    write_voc(voc2012, {image_id: {"dog": 1} for image_id in IDS}, "test", "2012")
+    done = trained(options)
+    assert done.exit_code == 0, done.output
+    assert "mAP" in done.stdout
+    (record,) = read_records(tmp_path / "results" / "tiny")
+    assert record.map() == record.content["history"][0]["map_fused"]
+
+
+def test_a_run_that_stopped_goes_on_without_test_labels(
+    options: tuple[object, ...], voc2012: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mcar_lib.experiment._save_outcome", stop)
+        assert trained(options).exit_code == 130
+    monkeypatch.delattr("mcar_lib.training.training_step")
+    assert trained(options).exit_code == 0

@@ -50,11 +50,23 @@ def load_what_is_there(name: str, split: str, root: Path, **options: object) -> 
         (other,) = set(SPLITS) - {split}
         if _has_list(name, other, root):
             return None
-    if (name, split) == ("voc2012", "test") and _has_list(name, split, root):
-        lists = find_voc_folder(root, "2012") / "ImageSets" / "Main"
-        if not any(lists.glob("*_test.txt")):
-            return load_voc(root, "2012", "test", labelled=False)
+    if (name, split) == ("voc2012", "test") and not _has_voc2012_test_labels(root):
+        return load_voc(root, "2012", "test", labelled=False)
     return load_image_set(name, split, root, **options)
+
+
+def load_scored_split(name: str, root: Path, **options: object) -> ImageSet | None:
+    """The split that a run is scored on: the test split, but None for VOC2012, whose test labels only a server has.
+
+    It is None whether the photos are there or not; where somebody has put label files beside them, they are scored.
+    """
+    if name == "voc2012" and not _has_voc2012_test_labels(root):
+        return None
+    return load_image_set(name, "test", root, **options)
+
+
+def _has_voc2012_test_labels(root: Path) -> bool:
+    return any((find_voc_folder(root, "2012") / "ImageSets" / "Main").glob("*_test.txt"))
 
 
 def compare_with_published(images: ImageSet, published: PublishedSplit) -> list[str]:

@@ -1,0 +1,238 @@
+"""Several processes that train one run: what they agree on, the numbers they end with, the command under torchrun."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mcar_lib import processes
+from mcar_lib.cli import app
+from mcar_lib.config import load_profile
+from mcar_lib.errors import ConfigError, DataError, TrainingError
+from mcar_lib.experiment import STREAMS, Workspace, build_model
+from mcar_lib.training import CHECKPOINT, evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILE = (ROOT / "mcar_lib/profiles/smoke.toml").read_text(encoding="utf-8")
+# The last of three batches has 3 images: all are of the first process's piece, and the second has none. The test images
+# are three batches of EVALUATION_BATCH and less, so that one process scores two of them.
+CHANGES = {"num_train = 32": "num_train = 35", "num_test = 32": "num_test = 80", "epochs = 1": "epochs = 2"}
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Job(NamedTuple):
+    """A profile and folders of one's own, and the commands on them."""
+
+    folder: Path
+
+    @property
+    def options(self) -> list[str]:
+        names = {"--profile": "smoke.toml", "--results": "results", "--artifacts": "artifacts"}
+        return [part for name, file in names.items() for part in (name, str(self.folder / file))]
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """mcar train in two processes."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return subprocess.Popen(
+            [*torchrun, "-m", "mcar_lib", "train", *self.options, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, *arguments: str) -> Done:
+        with self.start(*arguments) as process:
+            out, err = process.communicate(timeout=300)
+        return Done(process.returncode, out, err)
+
+    def train_alone(self, *arguments: str) -> str:
+        done = CliRunner().invoke(app, ["train", *self.options, *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def records(self) -> list[dict[str, Any]]:
+        paths = sorted((self.folder / "results/smoke/runs").glob("*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def make_job(folder: Path) -> Job:
+    text = PROFILE
+    for old, new in CHANGES.items():
+        assert old in text
+        text = text.replace(old, new)
+    folder.mkdir(exist_ok=True)
+    (folder / "smoke.toml").write_text(text, encoding="utf-8")
+    return Job(folder)
+
+
+def losses(record: dict[str, Any]) -> list[tuple[float, float]]:
+    """Global and local loss of each epoch."""
+    return [(result["global_loss"], result["local_loss"]) for result in record["history"]]
+
+
+class Trained(NamedTuple):
+    job: Job
+    done: Done
+    record: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run that two processes trained."""
+    job = make_job(tmp_path_factory.mktemp("processes"))
+    done = job.train()
+    assert done.code == 0, done.err
+    (record,) = job.records()
+    return Trained(job, done, record)
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretends to be the second of two processes."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+
+
+# ---- one process
+
+
+def test_without_torchrun_there_is_the_main_process_alone_and_no_process_group() -> None:
+    assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
+    assert processes.from_main(lambda: "made") == processes.main_first(lambda: "made") == "made"
+    assert processes.gathered([1, 2]) == [1, 2]
+    assert not torch.distributed.is_initialized()
+
+
+def test_an_error_of_the_only_process_keeps_its_cause() -> None:
+    def fail() -> None:
+        raise DataError("x") from ValueError("y")
+
+    for call in (processes.from_main, processes.main_first):
+        with pytest.raises(DataError) as caught:
+            call(fail)
+        assert isinstance(caught.value.__cause__, ValueError)
+        assert processes.tells(caught.value)
+
+
+# ---- what each process takes of a batch
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 3, 11, 15, 16])
+def test_every_image_of_a_batch_belongs_to_one_process(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: count)
+    shares = []
+    for index in range(count):
+        monkeypatch.setattr(processes, "index", lambda index=index: index)
+        shares.append(processes.share_of(size, 16))
+    assert sum(shares) == size
+    assert shares == [len(list(range(size))[first : first + 16 // count]) for first in range(0, 16, 16 // count)]
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(("batch", "group", "named"), [(15, 0, "batch_size is 15"), (16, 16, "statistics_batch is 16")])
+def test_a_batch_that_cannot_be_shared_is_refused(batch: int, group: int, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"{named}.* 2 processes"):
+        processes.check_batch(batch, group)
+    processes.check_batch(16, 4)
+
+
+@pytest.mark.usefixtures("two")
+def test_the_others_repeat_no_error_of_all_but_tell_their_own() -> None:
+    assert not processes.tells(ConfigError("x"))
+    assert processes.tells(TrainingError("x"))
+    alike = DataError("x")
+    alike.add_note(processes.ALIKE)
+    assert not processes.tells(alike)
+
+
+# ---- two processes
+
+
+def test_two_processes_leave_one_record_that_says_so(trained: Trained) -> None:
+    assert trained.record["environment"]["processes"] == 2
+    assert len(trained.record["history"]) == 2
+    assert trained.done.out.count("record: ") == trained.done.out.count("epoch 2/2:") == 1
+
+
+def test_two_processes_have_the_losses_of_one_with_two_groups_of_batch_statistics(trained: Trained) -> None:
+    """In the first epoch: later ones may differ where a sum's last bit moves the edge of a region."""
+    trained.job.train_alone("--set", "statistics_batch=8")
+    (alone,) = (record for record in trained.job.records() if record["config"]["statistics_batch"] == 8)
+    assert losses(trained.record)[0] == pytest.approx(losses(alone)[0], abs=1e-4)
+
+
+def test_two_processes_take_the_steps_of_one_with_two_groups_of_batch_statistics(tmp_path: Path) -> None:
+    """The second epoch's loss depends on every step of the first, also on that of the batch which is not full."""
+    job = make_job(tmp_path)
+    done = job.train("--set", "local_stream=false")
+    assert done.code == 0, done.err
+    job.train_alone("--set", "local_stream=false", "--set", "statistics_batch=8")
+    one, other = job.records()
+    assert losses(one)[1] == pytest.approx(losses(other)[1], abs=1e-4)
+    assert losses(one)[0][0] - losses(one)[1][0] > 0.1
+
+
+def test_scores_of_two_processes_are_those_of_one(trained: Trained) -> None:
+    job, _, record = trained
+    workspace = Workspace(
+        load_profile(str(job.folder / "smoke.toml")), job.folder / "results", artifacts=job.folder / "artifacts"
+    )
+    config = workspace.profile.run
+    test = workspace.data(config).test
+    mcar, mean_std = build_model(config, len(test.classes))
+    mcar.load_state_dict(load_file(workspace.artifacts / "runs" / record["run_id"] / "model.safetensors"))
+    alone = evaluate(mcar, workspace.resized(test, config.image_size), mean_std, verbose=False)
+    together = workspace.scores(config)
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+    assert record["metrics"]["last"][STREAMS[0]]["mAP"] == record["history"][-1]["map_global"]
+
+
+def test_two_processes_find_what_was_trained(trained: Trained) -> None:
+    again = trained.job.train()
+    assert again.code == 0, again.err
+    assert again.out == trained.done.out[trained.done.out.index("record: ") :]
+
+
+def test_a_batch_that_two_processes_cannot_share_ends_the_job_before_it_begins(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    done = job.train("--set", "batch_size=15")
+    assert done.code != 0
+    assert re.findall(r"exitcode *: (\d)", done.err)[0] == "2"
+    assert done.err.count("error: batch_size is 15, which 2 processes cannot share equally") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["smoke.toml"]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_killed(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    process = job.start("--set", "epochs=5")
+    ends = time.monotonic() + 120
+    while not list(tmp_path.glob(f"artifacts/runs/*/{CHECKPOINT}")) and time.monotonic() < ends:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    (checkpoint,) = tmp_path.glob(f"artifacts/runs/*/{CHECKPOINT}")
+    before = torch.load(checkpoint, weights_only=True)["history"]
+    assert 0 < len(before) < 5
+    job.train_alone("--set", "epochs=5")
+    (record,) = job.records()
+    assert record["history"][: len(before)] == before
+    assert [result["epoch"] for result in record["history"]] == [1, 2, 3, 4, 5]
+    assert record["environment"]["processes"] == 1
