@@ -139,6 +139,7 @@ def export_run(workspace: Workspace, record: Record, path: Path) -> ReleasedMode
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda partial: save_file(rounded, partial, {METADATA: json.dumps(about)}))
+        path.chmod(0o644)  # safetensors lets only its owner read it
     except OSError as error:
         raise WeightsError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
     return load_released(path)

@@ -175,7 +175,8 @@ def test_two_steps_and_one_test_batch_of_each_row_run(name: str, published_trees
         done = workspace.dry_run(config)
     finally:
         torch.set_num_threads(1)
-    assert (done.train_images, done.test_images) == (2, 2)
+    assert done.train_images == 2
+    assert done.test_images == (4 if config.dataset == "voc2012" else 2)  # of VOC 2012 the training photos are scored
     assert done.result.global_loss > 0
     assert done.result.local_loss > 0
     assert done.result.train_seconds > 0
