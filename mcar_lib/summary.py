@@ -54,10 +54,11 @@ def write_summary(results: Path, readme: Path) -> list[Path]:
 
 
 def load_rows(results: Path) -> dict[tuple[str, str, int], Record]:
-    """The records of the paper profile's rows that were run on the whole data sets, by what tells the rows apart."""
+    """The records of the paper profile's rows that were scored on the whole data sets, by what tells the rows apart."""
     profile, records = load_profile("paper"), read_records(results / "paper")
     found = [current_record(records, profile.row(name)) for name in profile.rows]
-    return {key_of(each.config): each for each in found if each is not None and not each.content["data"]["subset"]}
+    scored = [each for each in found if each is not None and each.is_scored]
+    return {key_of(each.config): each for each in scored if not each.content["data"]["subset"]}
 
 
 def fill_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:

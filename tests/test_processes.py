@@ -58,7 +58,11 @@ class Job(NamedTuple):
 
     def train(self, *arguments: str) -> Done:
         with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=300)
+            try:
+                out, err = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # it ends its processes; without this, leaving the block would wait for ever
+                raise
         return Done(process.returncode, out, err)
 
     def train_alone(self, *arguments: str) -> str:
