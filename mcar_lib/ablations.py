@@ -128,14 +128,13 @@ class StudyResult:
 
 
 def studies(profile: Profile) -> dict[str, Study]:
-    """The ablations of a profile by name: pooling, input_size, backbone, num_regions, regions, schedule."""
+    """The ablations of a profile by name: pooling, input_size, backbone, num_regions, regions."""
     made = {
         "pooling": _both_models(profile, "pooling", "pooling", "pooling"),
         "input_size": _both_models(profile, "input_size", "image_size", "input size"),
         "backbone": _both_models(profile, "backbone", "backbone", "backbone"),
         "num_regions": _num_regions(profile),
         "regions": _regions(profile),
-        "schedule": _both_models(profile, "schedule", "epochs", "epochs"),
     }
     return {name: study for name, study in made.items() if study is not None}
 

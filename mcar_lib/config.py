@@ -73,7 +73,7 @@ class RunConfig(Recipe):
         return "-".join([*parts, f"s{self.seed}"])
 
 
-AxisName = Literal["pooling", "image_size", "backbone", "num_regions", "selection", "threshold", "epochs"]
+AxisName = Literal["pooling", "image_size", "backbone", "num_regions", "selection", "threshold"]
 Value = int | float | str | bool
 
 
