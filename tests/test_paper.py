@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from mcar_lib.cli import app
 from mcar_lib.config import RunConfig, load_profile
+from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ConfigError
 from mcar_lib.experiment import Workspace, arithmetic_fingerprint, build_model, count_macs, write_json
@@ -153,7 +154,7 @@ def published_trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
         numbers = range(1, count + 1)
         content = {
             "images": [{"id": n, "file_name": f"{n}.jpg", "width": 12, "height": 12} for n in numbers],
-            "categories": [{"id": n, "name": f"class {n:02d}"} for n in range(1, 81)],
+            "categories": [{"id": n, "name": name} for n, name in enumerate(COCO_CLASSES, start=1)],
             "annotations": [{"id": n, "image_id": n, "category_id": n, "bbox": [1, 2, 3, 4]} for n in numbers],
         }
         for n in numbers:
