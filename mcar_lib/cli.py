@@ -430,7 +430,7 @@ def _print_metrics(streams: Mapping[str, Any]) -> None:
 
 def _score_checkpoint(workspace: "Workspace", config: "RunConfig", path: Path, release: bool) -> dict[str, Any]:
     """The metrics of weights from a file, in the form that run records have."""
-    from mcar_lib.experiment import STREAMS, at_operating_points
+    from mcar_lib.scoring import STREAMS, at_operating_points
 
     test = _load_split(workspace, config.dataset, "test", config.data_options)
     mcar, mean_std = _load_weights(config, len(test.classes), path, release)

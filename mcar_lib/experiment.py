@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from mcar_lib import backbones, metrics, model, processes, recipe, regions
 from mcar_lib.backbones import Backbone, build_backbone, weights_fingerprint
@@ -34,25 +32,16 @@ from mcar_lib.data.published import load_scored_split
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
 from mcar_lib.machine import describe_environment, peak_memory
-from mcar_lib.metrics import bootstrap_interval, multilabel_metrics, paired_bootstrap
+from mcar_lib.metrics import bootstrap_interval, paired_bootstrap
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, say
 from mcar_lib.recipe import INITIALISATION, MeanStd, StreamScores, sample_generator
+from mcar_lib.scoring import STREAMS, cost_of, count_macs, epoch_metrics, metrics_of
 from mcar_lib.training import EVALUATION_BATCH, EpochResult, Fit, evaluate, fit, write_atomically
 
 RECORD_FORMAT = 1
-# Thresholds and label counts under which every run is scored: the release's 0.6, the usual 0.5, and the top 3 with
-# and without a threshold.
-OPERATING_POINTS: dict[str, tuple[float, int | None]] = {
-    "0.5": (0.5, None),
-    "0.6": (0.6, None),
-    "0.5 top-3": (0.5, 3),
-    "0.6 top-3": (0.6, 3),
-    "top-3": (-math.inf, 3),
-}
 ARITHMETIC = (regions, model, backbones, metrics, transforms, recipe)
 BASELINE, METHOD = "global baseline", "MCAR"
-STREAMS = ("global", "local", "fused")
 NO_TEST_LABELS = "VOC2012 test has no public labels, so there is nothing to score"
 
 
@@ -343,9 +332,9 @@ class Workspace:
                 "config": config.model_dump(mode="json"),
                 "keys": keys,
                 "data": _describe_data(self.data(config)),
-                "metrics": _metrics_of(config, state, self.data(config).scored),
+                "metrics": metrics_of(config, state, self.data(config).scored),
                 "history": [asdict(result) for result in state.history],
-                "cost": _cost(trained, config, state, time.monotonic() - started),
+                "cost": cost_of(trained, config, state, time.monotonic() - started),
                 "environment": describe_environment(self.profile.threads),
             }
             path = self.local_folder / "runs" / f"{config.label}-{run_id}.json"
@@ -433,7 +422,7 @@ class Workspace:
             "run_id": record.run_id,
             "label": scored.config.label,
             "changes": scored.differs,
-            "metrics": _epoch_metrics(config.epochs, scores, test),
+            "metrics": epoch_metrics(config.epochs, scores, test),
             "cost": {
                 "macs_per_image": count_macs(mcar, config.image_size),
                 "milliseconds_per_image": 1000 * seconds / len(test),
@@ -671,65 +660,4 @@ def _describe_data(data: Data) -> dict[str, Any]:
         "test_images": None if test is None else len(test),
         "subset": data.train.is_subset or (test is not None and test.is_subset),
         "classes": list(data.train.classes),
-    }
-
-
-def _metrics_of(config: RunConfig, state: Fit, test: ImageSet | None) -> dict[str, Any] | None:
-    """The metrics of a run's last and best epoch; None where nothing could be scored."""
-    if test is None:
-        return None
-    return {
-        "last": _epoch_metrics(config.epochs, state.last, test),
-        "best": _epoch_metrics(state.best_epoch, state.best, test),
-    }
-
-
-def _epoch_metrics(epoch: int, scores: StreamScores | None, test: ImageSet) -> dict[str, Any]:
-    assert scores is not None
-    streams = zip(STREAMS, (scores.global_scores, scores.local_scores, scores.fused), strict=True)
-    return {"epoch": epoch, **{name: _stream_metrics(stream, test.targets) for name, stream in streams}}
-
-
-def at_operating_points(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, dict[str, float]]:
-    """multilabel_metrics at each of OPERATING_POINTS; the top 3 of fewer classes are all of them."""
-    num_classes = scores.shape[1]
-    return {
-        name: multilabel_metrics(scores, targets, threshold, top_k and min(top_k, num_classes))
-        for name, (threshold, top_k) in OPERATING_POINTS.items()
-    }
-
-
-def _stream_metrics(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-    points = at_operating_points(scores, targets)
-    first = next(iter(points.values()))
-    return {
-        "mAP": first["mAP"],
-        "classes_without_positives": first["classes_without_positives"],
-        "AP": metrics.average_precision(scores, targets).tolist(),
-        "at": {
-            name: {key: point[key] for key in ("CP", "CR", "CF1", "OP", "OR", "OF1")} for name, point in points.items()
-        },
-    }
-
-
-def count_macs(mcar: MCAR, image_size: int) -> int:
-    """Multiply-accumulate operations for one image, both streams, by torch's own counter."""
-    mcar.eval()
-    device = next(mcar.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        mcar(torch.zeros(1, 3, image_size, image_size, device=device))
-    return counter.get_total_flops() // 2
-
-
-def _cost(mcar: MCAR, config: RunConfig, state: Fit, seconds: float) -> dict[str, Any]:
-    train_seconds = sum(result.train_seconds for result in state.history)
-    test_seconds = sum(result.test_seconds for result in state.history)
-    return {
-        "parameters": sum(parameter.numel() for parameter in mcar.parameters()),
-        "parameters_over_backbone": sum(parameter.numel() for parameter in mcar.convclass.parameters()),
-        "macs_per_image": count_macs(mcar, config.image_size),
-        "train_seconds": train_seconds,
-        "test_seconds": test_seconds,
-        "seconds_this_session": seconds,
-        "peak_memory_bytes": peak_memory(),
     }

@@ -24,7 +24,6 @@ from mcar_lib.errors import ResultsError
 from mcar_lib.experiment import (
     BASELINE,
     METHOD,
-    OPERATING_POINTS,
     Record,
     Workspace,
     comparison_key,
@@ -36,6 +35,7 @@ from mcar_lib.experiment import (
     read_records,
 )
 from mcar_lib.released import ReleasedModel
+from mcar_lib.scoring import OPERATING_POINTS
 from mcar_lib.training import write_atomically
 
 # A rerun elsewhere differs in the last bit of every sum, and training enlarges that. Of the six mini runs of the main

@@ -20,8 +20,9 @@ from mcar_lib import experiment
 from mcar_lib.backbones import build_backbone
 from mcar_lib.config import Profile, RunConfig, load_profile, make_config
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
-from mcar_lib.experiment import OPERATING_POINTS, Record, Workspace, build_model, read_records
+from mcar_lib.experiment import Record, Workspace, build_model, read_records
 from mcar_lib.metrics import average_precision, multilabel_metrics
+from mcar_lib.scoring import OPERATING_POINTS
 from mcar_lib.training import evaluate
 
 OpenWorkspace = Callable[..., Workspace]

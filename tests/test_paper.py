@@ -14,9 +14,10 @@ from mcar_lib.config import RunConfig, load_profile
 from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ConfigError
-from mcar_lib.experiment import Workspace, arithmetic_fingerprint, build_model, count_macs, write_json
+from mcar_lib.experiment import Workspace, arithmetic_fingerprint, build_model, write_json
 from mcar_lib.plan import key_of, parse_throughput, plan
 from mcar_lib.report import read_published
+from mcar_lib.scoring import count_macs
 from mcar_lib.summary import NEEDS_PAPER, claims_table, load_rows
 
 PAPER = load_profile("paper")

@@ -19,7 +19,8 @@ from mcar_lib import processes
 from mcar_lib.cli import app
 from mcar_lib.config import load_profile
 from mcar_lib.errors import ConfigError, DataError, TrainingError
-from mcar_lib.experiment import STREAMS, Workspace, build_model
+from mcar_lib.experiment import Workspace, build_model
+from mcar_lib.scoring import STREAMS
 from mcar_lib.training import CHECKPOINT, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

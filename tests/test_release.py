@@ -19,10 +19,10 @@ from mcar_lib.data import ImageSet, load_coco, load_image_set, load_voc
 from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
-from mcar_lib.experiment import OPERATING_POINTS, STREAMS
 from mcar_lib.metrics import average_precision, multilabel_metrics
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.recipe import StreamScores
+from mcar_lib.scoring import OPERATING_POINTS, STREAMS
 from mcar_lib.submission import read_voc2012_submission
 from mcar_lib.training import evaluate
 

@@ -22,8 +22,9 @@ from mcar_lib.data import load_voc, prepare
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import DataError, ResultsError
-from mcar_lib.experiment import STREAMS, Record, Workspace, build_model, read_records
+from mcar_lib.experiment import Record, Workspace, build_model, read_records
 from mcar_lib.report import compare_results
+from mcar_lib.scoring import STREAMS
 from mcar_lib.submission import read_voc2012_submission, write_voc2012_submission
 from mcar_lib.training import evaluate
 
