@@ -114,11 +114,11 @@ def test_a_shipped_profile_loads_under_its_own_name(name: str) -> None:
 
 
 def test_shipped_profiles() -> None:
-    assert PROFILES == ["mini", "paper", "photos", "smoke"]
+    assert PROFILES == ["mini", "paper", "photos", "photos-coco", "smoke"]
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no profile 'maxi'; choose one of mini, paper, photos, smoke, or give"):
+    with pytest.raises(ConfigError, match=r"no profile 'maxi'; choose one of mini, paper, photos, photos-coco, smoke, or"):
         load_profile("maxi")
 
 
@@ -522,7 +522,7 @@ def test_a_finished_run_leaves_no_checkpoints(workspace: Workspace, record: Reco
     assert list((workspace.artifacts / "runs").rglob("checkpoint*")) == []
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_save_arrays", "_cost", "write_json"])
+@pytest.mark.parametrize("moment", ["save_file", "_save_arrays", "cost_of", "write_json"])
 def test_a_run_killed_after_its_last_epoch_trains_no_epoch_again(
     open_workspace: OpenWorkspace, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
