@@ -116,6 +116,12 @@ class StudyResult:
         return told and any(there) and len(self.differences) == compared
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """What all runs of the study have otherwise than the profile's own run."""
+        own, runs = self.profile.run.model_dump(), [run.model_dump() for run in self.study.runs]
+        return {key: runs[0][key] for key in own if all(run[key] == runs[0][key] != own[key] for run in runs)}
+
+    @property
     def title(self) -> str:
         """The profile, the length of the runs, and the data that they were tested on."""
         data = next(record.content["data"] for outcome in self.outcomes for record in outcome.records)

@@ -128,10 +128,12 @@ def _ablations_text(found: Mapping[str, Committed]) -> str:
         for study, result in committed.studies.items():
             table, figure = (f"{name}/{kind}/ablation_{study}" for kind in ("tables", "figures"))
             links = f"[table]({table}.md), [differences]({table}_differences.md), [figure]({figure}.png)"
-            out.write(f"- **{study}**, profile {name} ({links}): {study_finding(result)}\n")
+            changed = "".join(f"{key} = {value}, " for key, value in result.changed.items())
+            out.write(f"- **{study}**, profile {name} ({changed}{links}): {study_finding(result)}\n")
     heading = (
         "\n## Ablations\n\nDifferences that hold with an adjusted p (Holm) below 0.05, in points of mAP with 95 % "
-        "paired intervals over test images.\n\n"
+        "paired intervals over test images. Values in brackets are those in which all runs of a study differ from their "
+        "profile's own run; a finding holds for runs with these values, and need not hold for others.\n\n"
     )
     return heading + out.getvalue() if out.getvalue() else ""
 

@@ -118,7 +118,9 @@ def test_shipped_profiles() -> None:
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no profile 'maxi'; choose one of mini, paper, photos, photos-coco, smoke, or"):
+    with pytest.raises(
+        ConfigError, match=r"no profile 'maxi'; choose one of mini, paper, photos, photos-coco, smoke, or"
+    ):
         load_profile("maxi")
 
 
