@@ -132,8 +132,8 @@ def _ablations_text(found: Mapping[str, Committed]) -> str:
             out.write(f"- **{study}**, profile {name} ({changed}{links}): {study_finding(result)}\n")
     heading = (
         "\n## Ablations\n\nDifferences that hold with an adjusted p (Holm) below 0.05, in points of mAP with 95 % "
-        "paired intervals over test images. Values in brackets are those in which all runs of a study differ from their "
-        "profile's own run; a finding holds for runs with these values, and need not hold for others.\n\n"
+        "paired intervals over test images. Values in brackets are those in which all runs of a study differ from "
+        "their profile's own run; a finding holds for runs with these values, and need not hold for others.\n\n"
     )
     return heading + out.getvalue() if out.getvalue() else ""
 
