@@ -256,7 +256,7 @@ def _write_regions(folder: Path, profile: Profile) -> list[Path]:
     record = load_regions(folder, profile)
     if record is None:
         return []
-    title = f"{profile.title}: {record['data']}"
+    title = _regions_title(record, profile)
     written = _write_table(folder, "attentional_regions", overlap_table(record, profile.run.num_regions), title)
     written += _write_table(folder, "pointing_game", pointing_table(record), title)
     made = {"attentional_regions": regions_figure(record, profile)}
@@ -286,8 +286,13 @@ def study_figure(result: StudyResult) -> Any:
 
 def regions_figure(record: Mapping[str, Any], profile: Profile) -> Any:
     """Objects found by number of regions and by object size, for each way to choose regions."""
-    title = f"{profile.title}: {record['data']}"
+    title = _regions_title(record, profile)
     return plots.regions_found(pd.DataFrame(record["overlap"]), FOUND, profile.run.num_regions, title)
+
+
+def _regions_title(record: Mapping[str, Any], profile: Profile) -> str:
+    caution = ", not comparable with published figures" if "subset of" in record["data"] else ""
+    return f"{profile.title}: {record['data']}{caution}"
 
 
 def gallery_figure(record: Mapping[str, Any], workspace: Workspace) -> Any:
