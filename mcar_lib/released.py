@@ -168,7 +168,7 @@ def card_text(name: str, about: Mapping[str, Any]) -> str:
         f"MCAR over {config['backbone']}, {len(about['classes'])} classes, input {config['image_size']} px, "
         f"{config['pooling']} pooling{regions}. fp16 weights; computes in float32.\n\n"
         f"```python\nimport mcar_lib\nfrom mcar_lib.data import read_image\n\nreleased = {shown}\n"
-        "output = released.predict([read_image(path)])\n"
+        "output = released.predict([read_image(path, upright=True)])\n"
         "dict(zip(released.classes, output.scores[0].tolist()))  # a score in [0, 1] for each class\n"
         "output.regions.boxes  # pixels of the resized square\n```\n\n"
         f"![Photos with the regions of the three best-scored classes and their attention maps]({name}.png)\n\n"

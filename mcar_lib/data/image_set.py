@@ -110,20 +110,21 @@ def _read_chosen(read_boxes: Callable[[int], Boxes], chosen: tuple[int, ...], in
     return read_boxes(chosen[index])
 
 
-def read_image(path: Path, upright: bool = False) -> Tensor:
+def read_image(path: Path | str, upright: bool = False) -> Tensor:
     """Read one photo as RGB, uint8 (3, H, W); raises DataError when it is missing, truncated or no image.
 
     The EXIF orientation is deliberately not applied to VOC, COCO and scenes: their boxes refer to the pixels as
     stored, and the release reads them so. `upright` applies it, for photos of one's own (a table has no boxes): a
     phone stores the sensor's pixels, and a photo held sideways would be seen lying on its side.
     """
+    path = Path(path)
     return decode_image(read_content(path), path, upright)
 
 
 def read_content(path: Path) -> bytes:
     """The bytes of an image file; raises DataError when it is missing."""
     try:
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the image file ({error.strerror or error}); put it there, or fetch the data again"
