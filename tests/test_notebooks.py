@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from real_photos import real_voc2007
+from real_photos import real_coco2014, real_voc2007
 
 from mcar_lib.ablations import studies
 from mcar_lib.config import load_profile
@@ -64,8 +64,8 @@ def test_parameters_cell_holds_literals_and_outputs_hold_no_path_of_a_machine(pa
 
 @pytest.mark.parametrize("profile", sorted(path.parent.name for path in (ROOT / "results").glob("*/runs")))
 def test_committed_records_were_made_by_todays_arithmetic_data_and_weights(profile: str) -> None:
-    data_root = real_voc2007() if profile == "photos" else None
-    workspace = Workspace(profile, data_root=data_root, verbose=False)
+    roots = {"photos": real_voc2007, "photos-coco": real_coco2014}
+    workspace = Workspace(profile, data_root=roots[profile]() if profile in roots else None, verbose=False)
     records = read_records(ROOT / "results" / profile)
     wanted = [config for group in main_grid(workspace.profile).values() for config in group]
     if profile == SHOWN_IN_NOTEBOOKS:
