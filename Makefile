@@ -1,4 +1,4 @@
-# What can be done here: make help. Needs python3 (3.11 or newer) with pip, and GNU make.
+# What can be done here: make help. Needs python3 (3.11.4 or newer) with pip, and GNU make.
 
 PYTHON ?= python3
 PROFILE ?= mini
@@ -17,19 +17,20 @@ help:  ## this list
 venv: .venv/.installed  ## the environment in .venv, exactly as pinned
 
 .venv/.installed: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo 'This needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
+	  echo 'This needs Python 3.11.4 or newer; name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	@-git config filter.notebook.clean '.venv/bin/python -m mcar_lib.notebooks.clean' 2>/dev/null
 	@touch $@
 
 reproduce: venv  ## all notebooks, trained anew into results/local, then compared with the committed results
 	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
 
-test: lint  ## every check: lint, types, layers, drift of generated files, tests
-	$(BIN)/mcar report --check
+test: lint  ## every check: lint, types, layers, tests, notebooks, drift of what they write
 	$(BIN)/python -m pytest
+	$(BIN)/mcar report --check
 
 lint: venv  ## format, lint, types and layers only
 	$(BIN)/ruff check .
@@ -37,7 +38,7 @@ lint: venv  ## format, lint, types and layers only
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-report: venv  ## tables, figures and README numbers, rebuilt from the committed run records
+report: venv  ## the notebooks run in place: tables, figures and README numbers from the committed records
 	$(BIN)/mcar report
 
 publish: venv  ## maintainers: results/local becomes the committed results

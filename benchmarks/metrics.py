@@ -13,7 +13,8 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 from timing import machine, median_seconds, print_report, report_parser
 
-from mcar_lib.metrics import multilabel_metrics, paired_bootstrap
+from mcar_lib.intervals import paired_bootstrap
+from mcar_lib.metrics import multilabel_metrics
 
 COCO = {"num_images": 40_137, "num_classes": 80, "labels_per_image": 2.9}
 VOC2007 = {"num_images": 4_952, "num_classes": 20, "labels_per_image": 1.5}

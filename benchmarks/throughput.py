@@ -19,11 +19,16 @@ from typing import NamedTuple
 import torch
 from timing import machine, median_seconds, print_report, report_parser
 
-from mcar_lib.backbones import IMAGENET_MEAN_STD
-from mcar_lib.machine import describe_environment
 from mcar_lib.model import MCAR, build_mcar
-from mcar_lib.recipe import Recipe, batch_scores, build_optimizer, network_input, training_step
-from mcar_lib.training import keep_freed_memory
+from mcar_lib.runs.environment import describe_environment
+from mcar_lib.training import (
+    Recipe,
+    batch_scores,
+    build_optimizer,
+    keep_freed_memory,
+    network_input,
+    training_step,
+)
 
 CLASSES, LABELS_PER_IMAGE = 80, 2.9
 OF_THE_PAPER = (
@@ -51,7 +56,7 @@ def training(model: MCAR, images: torch.Tensor, precision: str) -> Callable[[], 
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = training_step(model, network_input(images, images.device, IMAGENET_MEAN_STD), targets)
+            loss, _ = training_step(model, network_input(model, images), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -65,7 +70,7 @@ def inference(model: MCAR, images: torch.Tensor, precision: str) -> Callable[[],
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            batch_scores(model, network_input(images, images.device, IMAGENET_MEAN_STD))
+            batch_scores(model, network_input(model, images))
 
     return step
 

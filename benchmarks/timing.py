@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mcar_lib.machine import describe_environment
+from mcar_lib.runs.environment import describe_environment
 
 
 def median_seconds(job: Callable[[], object], runs: int) -> float:

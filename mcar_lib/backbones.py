@@ -15,8 +15,9 @@ from mcar_lib.weights import Bundle, Source
 
 STRIDE = 32
 Triple = tuple[float, float, float]
-IMAGENET_MEAN_STD: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_MEAN_STD: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # EfficientNet-Lite: (x / 255 - 0.5) / 0.5
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+HALF: Triple = (0.5, 0.5, 0.5)  # mean and std of EfficientNet-Lite: (x / 255 - 0.5) / 0.5
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Entry:
     build: Callable[[], nn.Module]
     num_features: int
     source: Source
-    mean_std: tuple[Triple, Triple] = IMAGENET_MEAN_STD
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
     timm_name: str | None = None
 
 
@@ -63,7 +65,8 @@ def _lite(index: int) -> Entry:
         build=lambda: _timm_features(name),
         num_features=1280,
         source=Source(f"efficientnet_lite{index}", bundle=Bundle(package, package.replace("_", "-"), "models/*.pth")),
-        mean_std=HALF_MEAN_STD,
+        mean=HALF,
+        std=HALF,
         timm_name=name,
     )
 
@@ -93,7 +96,7 @@ def build_backbone(name: str, weights: str = "imagenet") -> Backbone:
         return _build_timm(entry.timm_name, weights)
     features = entry.build()
     entry.source.fill(features, weights)
-    return Backbone(features, entry.num_features, *entry.mean_std)
+    return Backbone(features, entry.num_features, entry.mean, entry.std)
 
 
 def lookup(name: str) -> Entry:

@@ -9,6 +9,10 @@ class ConfigError(MCARError, ValueError):
     """An option, a profile key or an argument has a value that cannot work."""
 
 
+class NotInProfileError(ConfigError):
+    """A profile has no values for what is asked for; others may."""
+
+
 class DataError(MCARError):
     """A data set is missing, incomplete or not what its files claim."""
 

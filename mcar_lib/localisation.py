@@ -5,19 +5,26 @@ x1 y1 x2 y2, half-open, in pixels of that input. Objects marked difficult (COCO:
 class is present in an image here if it has an object there that is not difficult.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_area, box_iou
 
 from mcar_lib.data.image_set import ImageSet
-from mcar_lib.data.transforms import ResizedImages, normalise
+from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError
+from mcar_lib.intervals import mean_intervals
 from mcar_lib.model import MCAR
 from mcar_lib.regions import Selection, attention_maps, attentional_regions, locate_intervals, select_classes
+from mcar_lib.runs.config import RunConfig
+from mcar_lib.runs.environment import describe_environment
+from mcar_lib.runs.fingerprints import fingerprint
+from mcar_lib.runs.records import RECORD_FORMAT
+from mcar_lib.runs.runs import Runs
+from mcar_lib.training import network_input
 
 SIZES = {"small": (0.0, 0.2), "medium": (0.2, 0.5), "large": (0.5, float("inf"))}
 """Bins of an object's relative size, the square root of its share of the image's area; each holds its lower end."""
@@ -27,7 +34,8 @@ MEASURES = (
 )
 POINTS = ("peak of the map", "centre of the highest cell", "centre of the image", "random pixel")
 ENDS = ("mean", "low", "high")
-NO_DIFFERENCE = "no difference that this data can show"
+COUNTS = (1, 2, 4, 6, 8)  # the N that a record tells of, and the model's own
+GALLERY_IMAGES, GALLERY_REGIONS = 4, 3
 MAP_VALUES = 1 << 25  # upsampled map values held at a time: 128 MiB of float32
 
 
@@ -75,11 +83,14 @@ def annotated_objects(images: ImageSet, size: int) -> Objects:
     for index in range(len(images)):
         annotated = images.boxes(index)
         kept = ~annotated.difficult
-        width, height = _photo_size(images, index)
+        try:
+            with Image.open(images.paths[index]) as photo:  # the header only
+                width, height = photo.size
+        except OSError as error:
+            raise DataError(f"{images.paths[index]}: not a complete image file ({error}); fetch it again") from error
         scale = torch.tensor([size / width, size / height], dtype=torch.float64).repeat(2)
         boxes = annotated.xyxy[kept] * scale
-        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        parts.append((boxes, annotated.classes[kept], torch.full((len(boxes),), index), area.sqrt() / size))
+        parts.append((boxes, annotated.classes[kept], torch.full((len(boxes),), index), box_area(boxes).sqrt() / size))
     objects = Objects(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if len(objects.boxes) == 0:
         raise DataError(
@@ -88,38 +99,33 @@ def annotated_objects(images: ImageSet, size: int) -> Objects:
     return objects
 
 
-def _photo_size(images: ImageSet, index: int) -> tuple[int, int]:
-    try:
-        with Image.open(images.paths[index]) as photo:  # the header only
-            return photo.size
-    except OSError as error:
-        raise DataError(f"{images.paths[index]}: not a complete image file ({error}); fetch it again") from error
+@torch.no_grad()
+def class_maps(model: MCAR, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the region module is given: global scores (B, K), and the maps (B, K, h, w) of all classes before the
+    sigmoid, of images uint8 (B, 3, S, S)."""
+    feature_map = model.features(network_input(model, images))
+    return torch.sigmoid(model.classify(model.pool(feature_map))), model.class_logits(feature_map)
 
 
 @torch.no_grad()
-def class_regions(
-    model: MCAR, squares: ResizedImages, mean_std: tuple[Sequence[float], Sequence[float]], batch_size: int = 32
-) -> ClassRegions:
+def class_regions(model: MCAR, squares: ResizedImages, batch_size: int = 32) -> ClassRegions:
     """One pass of the global stream over all images, and the box of every class's map; crops are not looked at.
 
     model: in evaluation mode (else ConfigError), on any device; its own tau is used, its N and selection are not.
-    mean_std: of its normalisation. Returns tensors on the CPU. The boxes are the model's own up to the last bit of the
-    maps, which varies with how many are computed together and decides where a marginal meets tau exactly.
+    Returns tensors on the CPU. The boxes are the model's own up to the last bit of the maps, which varies with how many
+    are computed together and decides where a marginal meets tau exactly.
     """
     if model.training:
         raise ConfigError("the model is in training mode, where batches change its statistics; call model.eval()")
-    device, size, num_classes = model.convclass.weight.device, squares.size, model.convclass.out_channels
+    size, num_classes = squares.size, model.convclass.out_channels
     batch = max(1, min(batch_size, MAP_VALUES // (num_classes * size * size)))
     parts = []
     for first in range(0, len(squares), batch):
         images = torch.stack([squares[index] for index in range(first, min(first + batch, len(squares)))])
-        x = normalise(images.to(device), *mean_std).contiguous(memory_format=torch.channels_last)
-        feature_map = model.features(x)
-        scores = torch.sigmoid(model.classify(model.pool(feature_map)))  # (B, K)
-        class_logits = model.class_logits(feature_map)  # (B, K, h, w)
+        scores, class_logits = class_maps(model, images)
         found = attentional_regions(class_logits, scores, (size, size), num_classes, model.threshold)
         by_class = found.classes.argsort(dim=1)[..., None].expand(-1, -1, 4)
-        every_class = torch.arange(num_classes, device=device).expand(len(images), -1)
+        every_class = torch.arange(num_classes, device=scores.device).expand(len(images), -1)
         maps = attention_maps(class_logits, every_class, (size, size))
         parts.append((scores, found.boxes.gather(1, by_class), _highest(maps, size), _highest(class_logits, size)))
     scores, boxes, peaks, cells = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
@@ -130,9 +136,8 @@ def _highest(maps: Tensor, size: int) -> Tensor:
     """Maps (B, K, h, w) -> (B, K, 2), the centre x y of the highest cell in pixels of the input."""
     height, width = maps.shape[-2:]
     cell = maps.flatten(2).argmax(dim=2)
-    return torch.stack(
-        (((cell % width) + 0.5) * size / width, ((cell // width) + 0.5) * size / height), dim=-1
-    ).double()
+    x, y = ((cell % width) + 0.5) * size / width, ((cell // width) + 0.5) * size / height
+    return torch.stack((x, y), dim=-1).double()
 
 
 def overlap_measures(objects: Objects, boxes: Tensor, classes: Tensor) -> Tensor:
@@ -141,19 +146,11 @@ def overlap_measures(objects: Objects, boxes: Tensor, classes: Tensor) -> Tensor
     boxes: (n, N, 4); classes: (n, N). IoU is the best one, found means that it reaches 0.3 or 0.5; with a region of the
     object's own class (0 if that class is not taken, that is, among the N) or of any class.
     """
-    iou = _iou(objects.boxes[:, None], boxes[objects.images].double())  # (m, N)
+    iou = box_iou(objects.boxes[:, None], boxes[objects.images].double())[:, 0]  # (m, N)
     same = classes[objects.images] == objects.classes[:, None]
     own, any_class = (iou * same).cummax(dim=1).values, iou.cummax(dim=1).values
     columns = (own, own >= 0.3, own >= 0.5, same.cumsum(dim=1) > 0, any_class, any_class >= 0.3, any_class >= 0.5)
     return torch.stack([column.double() for column in columns], dim=-1)
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4) with boxes (..., 4), element by element."""
-    sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    areas = ((box[..., 2:] - box[..., :2]).prod(dim=-1) for box in (a, b))
-    common = sides.prod(dim=-1)
-    return common / (sum(areas) - common)
 
 
 def measure_overlaps(
@@ -179,6 +176,27 @@ def measure_overlaps(
     centre = overlap_measures(objects, box, torch.zeros(box.shape[:2], dtype=torch.int64))
     centre[..., :4] = float("nan")
     return {"top": chosen("top"), "bottom": chosen("bottom"), "random": random, "centre": centre}
+
+
+def overlap_rows(
+    objects: Objects, measured: Mapping[str, Tensor], counts: Iterable[int], num_images: int, num_resamples: int = 1000
+) -> list[dict[str, Any]]:
+    """The means of measure_overlaps as rows: regions, N, size, objects, measure, mean, low, high (fractions).
+
+    regions: a way to choose them, or "top - random" and "top - centre", the paired difference; size: "all" or of SIZES.
+    counts: the N to tell. mean, low and high are NaN where there is nothing to measure.
+    """
+    ways = {**measured, **{f"top - {other}": measured["top"] - measured[other] for other in ("random", "centre")}}
+    keys = [(way, count, measure) for way in ways for count in counts for measure in MEASURES]
+    table = torch.stack([ways[way][:, count - 1, MEASURES.index(measure)] for way, count, measure in keys], dim=1)
+    rows = []
+    for size, (low_end, high_end) in {"all": (0.0, float("inf")), **SIZES}.items():
+        inside = (objects.sizes >= low_end) & (objects.sizes < high_end)
+        means = mean_intervals(table[inside], objects.images[inside], num_images, num_resamples)
+        for (way, count, measure), found in zip(keys, means.T.tolist(), strict=True):
+            row = {"regions": way, "N": count, "size": size, "objects": int(inside.sum()), "measure": measure}
+            rows.append(row | dict(zip(ENDS, found, strict=True)))
+    return rows
 
 
 def pointing_game(objects: Objects, found: ClassRegions) -> Pointing:
@@ -210,76 +228,73 @@ def _covered(boxes: Tensor, size: int) -> Tensor:
     return (y.T @ x > 0).double().mean()
 
 
-def mean_intervals(
-    values: Tensor, images: Tensor, num_images: int, num_resamples: int = 1000, seed: int = 0
-) -> np.ndarray:
-    """Mean of each column and its 95 % percentile interval by bootstrap over images, since the objects of one image
-    stand or fall together. values: (m, C); images: (m,), the image of each row. Returns (3, C): mean, low, high.
-
-    A resample without any row is left out; without rows, or where a column holds a NaN, all three are NaN.
-    """
-    totals = np.zeros((num_images, values.shape[1]))
-    np.add.at(totals, images.numpy(), values.double().numpy())
-    counts = np.bincount(images.numpy(), minlength=num_images)
-    weights = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples)
-    drawn = weights @ counts
-    if len(values) == 0 or not drawn.any():
-        return np.full((3, values.shape[1]), np.nan)
-    samples = (weights @ totals)[drawn > 0] / drawn[drawn > 0, None]
-    ends = np.quantile(samples, [0.025, 0.975], axis=0)
-    # Rounded, or float64 noise would decide on which side of 0 two equal ways fall.
-    return np.round(np.vstack((totals.sum(axis=0) / counts.sum(), ends)), 12)
-
-
-def overlap_rows(
-    objects: Objects,
-    measured: Mapping[str, Tensor],
-    counts: Iterable[int],
-    num_images: int,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> list[dict[str, object]]:
-    """The means of measure_overlaps as rows: regions, N, size, objects, measure, mean, low, high (fractions).
-
-    regions: a way to choose them, or "top - random" and "top - centre", the paired difference; size: "all" or of SIZES.
-    counts: the N to tell. mean, low and high are NaN where there is nothing to measure.
-    """
-    ways = {**measured, **{f"top - {other}": measured["top"] - measured[other] for other in ("random", "centre")}}
-    keys = [(way, count, measure) for way in ways for count in counts for measure in MEASURES]
-    table = torch.stack([ways[way][:, count - 1, MEASURES.index(measure)] for way, count, measure in keys], dim=1)
-    rows: list[dict[str, object]] = []
-    for size, (low_end, high_end) in {"all": (0.0, float("inf")), **SIZES}.items():
-        inside = (objects.sizes >= low_end) & (objects.sizes < high_end)
-        means = mean_intervals(table[inside], objects.images[inside], num_images, num_resamples, seed)
-        for (way, count, measure), found in zip(keys, means.T.tolist(), strict=True):
-            row = {"regions": way, "N": count, "size": size, "objects": int(inside.sum()), "measure": measure}
-            rows.append(row | dict(zip(ENDS, found, strict=True)))
-    return rows
-
-
 def pointing_rows(
-    pointing: Pointing, num_regions: int, num_images: int, num_resamples: int = 1000, seed: int = 0
-) -> list[dict[str, object]]:
+    pointing: Pointing, num_regions: int, num_images: int, num_resamples: int = 1000
+) -> list[dict[str, Any]]:
     """Hit rates of the pointing game as rows: classes, pairs, point, mean, low, high (fractions).
 
     point: one of POINTS, or a paired difference: "peak", "cell" against "random pixel", "centre of the image".
     """
     names = (*POINTS, *(f"{a} - {b}" for a in ("peak", "cell") for b in ("random pixel", "centre of the image")))
     table = torch.cat((pointing.hits, pointing.hits[:, [0, 0, 1, 1]] - pointing.hits[:, [3, 2, 3, 2]]), dim=1)
-    everything = torch.ones(len(table), dtype=torch.bool)
-    rows: list[dict[str, object]] = []
-    for classes, kept in {"present": everything, f"among the top {num_regions}": pointing.ranks < num_regions}.items():
-        means = mean_intervals(table[kept], pointing.images[kept], num_images, num_resamples, seed)
+    rows = []
+    counted = {"present": pointing.ranks >= 0, f"among the top {num_regions}": pointing.ranks < num_regions}
+    for classes, kept in counted.items():
+        means = mean_intervals(table[kept], pointing.images[kept], num_images, num_resamples)
         for point, found in zip(names, means.T.tolist(), strict=True):
             row = {"classes": classes, "pairs": int(kept.sum()), "point": point}
             rows.append(row | dict(zip(ENDS, found, strict=True)))
     return rows
 
 
-def finding(difference: Mapping[str, float], if_above: str, if_below: str) -> str:
-    """What the interval of a paired difference supports: one of the two sentences, or that none can be shown."""
-    if np.isnan(difference["mean"]):
-        return "nothing to compare"
-    if difference["low"] > 0:
-        return if_above
-    return if_below if difference["high"] < 0 else NO_DIFFERENCE
+def measure_regions(runs: Runs, config: RunConfig) -> Mapping[str, Any]:
+    """The record of a run's regions on its test images, made once: overlap_rows, pointing_rows, and a small gallery.
+
+    The gallery holds, for the first test images, each region's box, class and map cells, and the annotated objects.
+    """
+    run_id = runs.run(config).run_id
+
+    def measured() -> dict[str, Any]:
+        test = runs.data(config).test
+        found = _measured(runs.trained_model(config), runs.splits.squares(test, config.image_size))
+        names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "data": test.title}
+        return {**names, **found, "environment": describe_environment(runs.profile.threads)}
+
+    return runs.keep("regions", run_id, fingerprint(_measured), measured)
+
+
+def _measured(model: MCAR, squares: ResizedImages) -> dict[str, Any]:
+    test, num_images = squares.image_set, len(squares)
+    objects, found = annotated_objects(test, squares.size), class_regions(model, squares)
+    counts = sorted({count for count in (*COUNTS, model.num_regions) if count <= len(test.classes)})
+    overlap = overlap_rows(objects, measure_overlaps(objects, found, max(counts)), counts, num_images)
+    return {
+        "images": num_images,
+        "difficult": sum(int(test.boxes(index).difficult.sum()) for index in range(num_images)),
+        "objects": {row["size"]: row["objects"] for row in overlap if row["size"] != "all"},
+        "overlap": overlap,
+        "pointing": pointing_rows(pointing_game(objects, found), model.num_regions, num_images),
+        "gallery": _gallery(model, squares, objects),
+    }
+
+
+def _gallery(model: MCAR, squares: ResizedImages, objects: Objects) -> list[dict[str, Any]]:
+    size, names = (squares.size, squares.size), squares.image_set.classes
+    indices = range(min(GALLERY_IMAGES, len(squares)))
+    scores, class_logits = class_maps(model, torch.stack([squares[at] for at in indices]))
+    found = attentional_regions(
+        class_logits, scores, size, model.num_regions, model.threshold, model.selection, model.generator
+    )
+
+    def entry(at: int) -> dict[str, Any]:
+        classes, here = found.classes[at, :GALLERY_REGIONS].tolist(), objects.images == at
+        annotated = zip(objects.classes[here].tolist(), objects.boxes[here].tolist(), strict=True)
+        return {
+            "image": squares.image_set.ids[at],
+            "labels": [names[k] for k in classes],
+            "boxes": found.boxes[at, :GALLERY_REGIONS].tolist(),
+            "cells": torch.sigmoid(class_logits)[at, classes].tolist(),
+            "annotated": [[names[k], box] for k, box in annotated],
+        }
+
+    return [entry(at) for at in indices]

@@ -1,23 +1,31 @@
 """MCAR: a global stream, the parameter-free region module, and a local stream that shares every weight with it.
 
 Symbols of the paper: x images (B, 3, H, W); A = f(x) features (B, C, h, w) of stride 32; one 1x1 convolution (W, b)
-with K outputs; g, l global and local logits (B, K); N regions an image; tau the localisation threshold.
+with K outputs; g, l global and local scores (B, K), here as logits; N regions an image; tau the localisation threshold.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcar_lib.backbones import STRIDE, Backbone, build_backbone
-from mcar_lib.checkpoints import load_release_checkpoint as load_release_checkpoint
+from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD, STRIDE, Triple, build_backbone
 from mcar_lib.errors import ConfigError
-from mcar_lib.regions import Regions, Selection, attentional_regions, check_threshold, crop_regions
+from mcar_lib.regions import (
+    Regions,
+    Selection,
+    attentional_regions,
+    check_num_regions,
+    check_selection,
+    check_threshold,
+    crop_regions,
+)
+from mcar_lib.weights import load_release_checkpoint as load_release_checkpoint
 
 Pooling = Literal["avg", "max", "gwp"]
-POOLINGS = ("avg", "max", "gwp")
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 class Output(NamedTuple):
@@ -29,16 +37,22 @@ class Output(NamedTuple):
 
     @property
     def scores(self) -> Tensor:
-        """The prediction (B, K) in [0, 1]: the element-wise maximum of both streams' sigmoids."""
+        """The prediction (B, K) in [0, 1] of both streams, or of the global one alone."""
         scores = torch.sigmoid(self.global_logits)
-        return scores if self.local_logits is None else torch.maximum(scores, torch.sigmoid(self.local_logits))
+        return scores if self.local_logits is None else fuse(scores, torch.sigmoid(self.local_logits))
+
+
+def fuse(global_scores: Tensor, local_scores: Tensor) -> Tensor:
+    """The paper's prediction max(g, l), element by element; scores in [0, 1] of any one shape."""
+    return torch.maximum(global_scores, local_scores)
 
 
 class MCAR(nn.Module):
     """The two-stream model. Over its backbone it has only the 1x1 convolution's C * K + K parameters.
 
     features: (B, 3, H, W) -> (B, num_features, H/32, W/32). local_stream=False is the global-only baseline: the same
-    code with the second stream off. generator: for selection "random" only.
+    code with the second stream off. generator: for selection "random" only. mean, std: by channel, the normalisation
+    of the images that the backbone was trained with (see normalise); they travel with the model.
     Raises ConfigError on a bad pooling, N, tau or selection.
     Source: the paper's method; logits in place of sigmoids (max and sigmoid commute), which is safe in bf16.
     """
@@ -54,14 +68,14 @@ class MCAR(nn.Module):
         selection: Selection = "top",
         local_stream: bool = True,
         generator: torch.Generator | None = None,
+        mean: Triple = IMAGENET_MEAN,
+        std: Triple = IMAGENET_STD,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}")
-        if selection not in ("top", "bottom", "random"):
-            raise ConfigError(f"selection is {selection!r}; choose one of top, bottom, random")
-        if not 1 <= num_regions <= num_classes:
-            raise ConfigError(f"num_regions is {num_regions}; it must lie in 1 .. {num_classes}, the number of classes")
+        check_selection(selection)
+        check_num_regions(num_regions, num_classes)
         check_threshold(threshold)
         self.features = features
         self.convclass = nn.Conv2d(num_features, num_classes, kernel_size=1)
@@ -71,19 +85,20 @@ class MCAR(nn.Module):
         self.selection: Selection = selection
         self.local_stream = local_stream
         self.generator = generator
+        self.mean, self.std = mean, std
 
     def forward(self, images: Tensor) -> Output:
         """images: (B, 3, H, W) normalised float, H and W multiples of 32. Returns Output."""
         check_image_size(images.shape[-2:])
         feature_map = self.features(images)  # A: (B, C, h, w)
-        global_logits = self.classify(self.pool(feature_map))  # g: (B, K)
+        global_logits = self.classify(self.pool(feature_map))  # of g: (B, K)
         if not self.local_stream:
             return Output(global_logits, None, None)
         regions = self.find_regions(feature_map, global_logits, images.shape[-2:])
         crops = crop_regions(images, regions.boxes)  # (B*N, 3, H, W)
         crops = crops.contiguous(memory_format=_memory_format(images))
         region_logits = self.classify(self.pool(self.features(crops)))  # (B*N, K)
-        local_logits = region_logits.view(len(images), self.num_regions, -1).amax(dim=1)  # l: (B, K)
+        local_logits = region_logits.view(len(images), self.num_regions, -1).amax(dim=1)  # of l: (B, K)
         return Output(global_logits, local_logits, regions)
 
     def pool(self, feature_map: Tensor) -> Tensor:
@@ -130,32 +145,21 @@ def mcar_loss(output: Output, targets: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def build_mcar(
-    backbone: str,
-    num_classes: int,
-    weights: str = "imagenet",
-    pooling: Pooling = "avg",
-    num_regions: int = 4,
-    threshold: float = 0.5,
-    selection: Selection = "top",
-    local_stream: bool = True,
-    generator: torch.Generator | None = None,
+    backbone: str, num_classes: int, weights: str = "imagenet", *, seed: int | None = None, **options: Any
 ) -> MCAR:
-    """An MCAR model over a named backbone; see mcar_lib.backbones for names and weights, MCAR for the rest.
+    """An MCAR model over a named backbone (see mcar_lib.backbones) with that backbone's mean and std.
 
-    The classifier starts from torch's default initialisation, so seed torch first for a repeatable one.
+    options: pooling, num_regions, threshold, selection, local_stream, generator, as MCAR takes them. seed: of all that
+    is drawn; None leaves torch's own state. The classifier is drawn alike over any starting weights.
     """
-    built: Backbone = build_backbone(backbone, weights)
-    return MCAR(
-        built.features,
-        built.num_features,
-        num_classes,
-        pooling,
-        num_regions,
-        threshold,
-        selection,
-        local_stream,
-        generator,
-    )
+    if seed is not None:
+        torch.manual_seed(seed)  # weights "none" are drawn too
+    built = build_backbone(backbone, weights)
+    if seed is not None:
+        torch.manual_seed(seed)  # the classifier's do not depend on how many numbers the backbone took
+    if options.get("selection") == "random":
+        options.setdefault("generator", torch.Generator())
+    return MCAR(built.features, built.num_features, num_classes, mean=built.mean, std=built.std, **options)
 
 
 def check_image_size(image_size: Sequence[int]) -> None:

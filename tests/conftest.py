@@ -1,4 +1,4 @@
-"""What tests share: a backbone that trains in a second, a few composed scenes, and a workspace of its own for each."""
+"""What tests share: a backbone that trains in a second, a few composed scenes, and runs of its own for each."""
 
 import itertools
 import shutil
@@ -11,12 +11,11 @@ from torch import nn
 
 from mcar_lib import backbones
 from mcar_lib.backbones import Entry
-from mcar_lib.config import Profile, RunConfig, make_config
 from mcar_lib.data import load_image_set, prepare, scenes_folder
 from mcar_lib.data.scenes import CLASSES
 from mcar_lib.data.transforms import ResizedImages
-from mcar_lib.experiment import Workspace
 from mcar_lib.model import MCAR
+from mcar_lib.runs import Profile, RunConfig, Runs, make_config
 from mcar_lib.weights import Source
 
 SCENES = {"num_train": 24, "num_test": 16, "side": 96, "seed": 5}
@@ -100,17 +99,17 @@ def tiny_profile(tiny_config: RunConfig) -> Profile:
 
 
 @pytest.fixture
-def open_workspace(tiny_profile: Profile, scenes_data: Path, tmp_path: Path) -> Callable[..., Workspace]:
+def open_runs(tiny_profile: Profile, scenes_data: Path, tmp_path: Path) -> Callable[..., Runs]:
     """Opens the test's own results and artifacts, again and again as a new session would; the scenes are there."""
     artifacts = tmp_path / "artifacts"
     shutil.copytree(scenes_data, artifacts / "data", copy_function=shutil.copy2)
 
-    def open_again(results: Path | str = tmp_path / "results", **options: object) -> Workspace:
-        return Workspace(tiny_profile, results, artifacts=artifacts, verbose=False, **options)  # type: ignore[arg-type]
+    def open_again(results: Path | str = tmp_path / "results", **options: object) -> Runs:
+        return Runs(tiny_profile, results, artifacts=artifacts, verbose=False, **options)  # type: ignore[arg-type]
 
     return open_again
 
 
 @pytest.fixture
-def workspace(open_workspace: Callable[..., Workspace]) -> Workspace:
-    return open_workspace()
+def runs(open_runs: Callable[..., Runs]) -> Runs:
+    return open_runs()

@@ -24,7 +24,7 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 from typer.testing import CliRunner, Result
 
 from mcar_lib.cli import app
-from mcar_lib.data import download, load_coco, load_image_set, load_voc, prepare, published, unpacking
+from mcar_lib.data import download, load_coco, load_image_set, load_voc, prepare, published
 from mcar_lib.data.download import (
     ARCHIVES,
     Archive,
@@ -594,21 +594,27 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(voc: Voc, monkeypat
 
 
 def test_a_full_disk_leaves_a_part_that_goes_on(voc: Voc, monkeypatch: pytest.MonkeyPatch) -> None:
-    append, written = download._append, []
+    opened, part = Path.open, voc.root / "downloads" / f"{TEST_TAR}.part"
 
-    def fill(file: Any, chunk: bytes) -> None:
-        if sum(written) + len(chunk) > CUT:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(len(chunk))
-        append(file, chunk)
+    class FullDisk(io.FileIO):
+        def write(self, chunk: Any) -> int:
+            if self.tell() == CUT:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(memoryview(chunk)[: CUT - self.tell()])  # the last write takes what still fits
+
+    def open_there(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if path == part and mode in ("ab", "wb"):
+            return io.BufferedWriter(FullDisk(path, mode))
+        return opened(path, mode, *rest, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(download, "_append", fill)
+        patch.setattr(Path, "open", open_there)
         with pytest.raises(DataError, match=r"the disk is full .*give the same command again"):
             voc.get(voc.test)
+    assert part.stat().st_size == CUT
     assert len(voc.server.requests) == 1
     assert voc.get(voc.test) == [TEST_TAR]
-    assert voc.server.asked == [None, f"bytes={sum(written)}-"]
+    assert voc.server.asked == [None, f"bytes={CUT}-"]
 
 
 def test_a_disk_that_fills_while_unpacking_leaves_the_archive_and_no_files(
@@ -618,7 +624,7 @@ def test_a_disk_that_fills_while_unpacking_leaves_the_archive_and_no_files(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(unpacking.shutil, "copyfileobj", fill)
+        patch.setattr(tarfile, "copyfileobj", fill)
         with pytest.raises(DataError, match=f"the disk is full while unpacking {TEST_TAR}"):
             voc.get(voc.test)
     assert tree(voc.root) == hidden(voc.root) == []

@@ -9,13 +9,11 @@ from pathlib import Path
 import joblib
 import pytest
 
-from mcar_lib import grid
-from mcar_lib.config import Profile, RunConfig, load_profile
 from mcar_lib.errors import TrainingError
-from mcar_lib.experiment import Record, Workspace
-from mcar_lib.grid import Failure, failure_name, read_failures, relative_cost, run_grid, runs_at_once
+from mcar_lib.runs import Failure, Profile, Record, RunConfig, Runs, find_or_train, grid, load_profile
+from mcar_lib.runs.grid import relative_cost, runs_at_once
 
-OpenWorkspace = Callable[..., Workspace]
+OpenRuns = Callable[..., Runs]
 TOO_MANY_REGIONS = 21  # of 20 classes: told when the run starts, not before
 
 
@@ -23,55 +21,78 @@ def ids(outcomes: list[Record | Failure]) -> list[str]:
     return [outcome.run_id for outcome in outcomes if isinstance(outcome, Record)]
 
 
-def test_a_grid_gives_records_in_the_order_asked_for(workspace: Workspace, tiny_config: RunConfig) -> None:
+def test_a_grid_gives_records_in_the_order_asked_for(runs: Runs, tiny_config: RunConfig) -> None:
     configs = [tiny_config.vary(num_regions=n) for n in (1, 3, 2)]
-    outcomes = run_grid(workspace, configs)
+    outcomes = find_or_train(runs, configs)
     assert [outcome.config for outcome in outcomes if isinstance(outcome, Record)] == configs
 
 
-def test_a_run_that_is_asked_for_twice_is_trained_once(workspace: Workspace, tiny_config: RunConfig) -> None:
-    outcomes = run_grid(workspace, [tiny_config, tiny_config.vary(seed=1), tiny_config])
+def test_a_run_that_is_asked_for_twice_is_trained_once(runs: Runs, tiny_config: RunConfig) -> None:
+    outcomes = find_or_train(runs, [tiny_config, tiny_config.vary(seed=1), tiny_config])
     assert ids(outcomes)[0] == ids(outcomes)[2]
-    assert len(list((workspace.local_folder / "runs").glob("*.json"))) == 2
+    assert len(list((runs.local_folder / "runs").glob("*.json"))) == 2
 
 
-def test_a_deleted_record_repeats_that_run_only(open_workspace: OpenWorkspace, tiny_config: RunConfig) -> None:
+def test_a_deleted_record_repeats_that_run_only(open_runs: OpenRuns, tiny_config: RunConfig) -> None:
     configs = [tiny_config.vary(seed=seed) for seed in range(3)]
-    records = [outcome for outcome in run_grid(open_workspace(), configs) if isinstance(outcome, Record)]
+    records = [outcome for outcome in find_or_train(open_runs(), configs) if isinstance(outcome, Record)]
     written = [record.path.stat().st_mtime_ns for record in records]
     records[1].path.unlink()
-    run_grid(open_workspace(), configs)
+    find_or_train(open_runs(), configs)
     repeated = [record.path.stat().st_mtime_ns != when for record, when in zip(records, written, strict=True)]
     assert repeated == [False, True, False]
 
 
-def test_a_run_that_fails_does_not_stop_the_others(workspace: Workspace, tiny_config: RunConfig) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(runs: Runs, tiny_config: RunConfig) -> None:
     failing = tiny_config.vary(num_regions=TOO_MANY_REGIONS)
-    first, second = run_grid(workspace, [failing, tiny_config])
+    first, second = find_or_train(runs, [failing, tiny_config])
     assert isinstance(first, Failure)
     assert "num_regions is 21" in first.error
     assert isinstance(second, Record)
 
 
-def test_a_failure_is_noted_until_the_run_succeeds(
-    workspace: Workspace, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_stands_in_the_run_s_place_until_it_succeeds(
+    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(config: RunConfig) -> Record:
         raise TrainingError("the loss is nan")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace, "run", diverge)
-        run_grid(workspace, [tiny_config])
-    assert read_failures(workspace.local_folder) == {failure_name(tiny_config): "TrainingError: the loss is nan"}
-    run_grid(workspace, [tiny_config])
-    assert read_failures(workspace.local_folder) == {}
+        patch.setattr(runs, "run", diverge)
+        assert find_or_train(runs, [tiny_config]) == [Failure(tiny_config, "TrainingError: the loss is nan")]
+    (outcome,) = find_or_train(runs, [tiny_config])
+    assert isinstance(outcome, Record)
+
+
+def test_a_failure_is_told_when_it_happens(
+    runs: Runs, tiny_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = tiny_config.vary(num_regions=TOO_MANY_REGIONS)
+    find_or_train(runs, [failing, tiny_config])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert told[0].startswith("run 1 of 2, ")
+    assert told[0].endswith(f"{failing.label}: failed: ConfigError: num_regions is 21; scenes trainval has 20 classes")
+    assert told[1].startswith("run 2 of 2, ")
+    assert f"{tiny_config.label}: mAP " in told[1]
+
+
+def test_the_longest_run_is_trained_first(runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+
+    def noted(config: RunConfig) -> None:
+        order.append(config.epochs)
+        raise TrainingError("not now")
+
+    monkeypatch.setattr(runs, "run", noted)
+    find_or_train(runs, [tiny_config.vary(epochs=epochs) for epochs in (1, 3, 2)])
+    assert order == [3, 2, 1]
 
 
 def test_an_unforeseen_error_is_a_failure_too(
-    workspace: Workspace, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "run", lambda config: 1 / 0)
-    assert run_grid(workspace, [tiny_config]) == [Failure(tiny_config.label, "ZeroDivisionError: division by zero")]
+    monkeypatch.setattr(runs, "run", lambda config: 1 / 0)
+    assert find_or_train(runs, [tiny_config]) == [Failure(tiny_config, "ZeroDivisionError: division by zero")]
 
 
 @pytest.mark.parametrize(("threads", "cores", "at_once"), [(1, 4, 4), (2, 5, 2), (4, 2, 1), (1, 64, 8), (0, 64, 1)])
@@ -100,12 +121,19 @@ def test_runs_side_by_side_give_the_same_numbers_and_report_what_fails(tmp_path:
     profile = load_profile("smoke")
     configs = [profile.run, profile.run.vary(local_stream=False), profile.run.vary(num_regions=TOO_MANY_REGIONS)]
     artifacts = tmp_path / "artifacts"
-    side_by_side = run_grid(Workspace(profile, tmp_path / "two", artifacts=artifacts), configs, at_once=2)
+    side_by_side = find_or_train(Runs(profile, tmp_path / "two", artifacts=artifacts), configs, at_once=2)
     assert isinstance(side_by_side[2], Failure)
-    alone = Workspace(profile, tmp_path / "one", artifacts=tmp_path / "others", verbose=False).run(configs[0])
+    alone = Runs(profile, tmp_path / "one", artifacts=tmp_path / "others", verbose=False).run(configs[0])
     assert isinstance(side_by_side[0], Record)
     metrics = [json.dumps(record.content["metrics"]) for record in (side_by_side[0], alone)]  # as text, NaN equals NaN
     assert metrics[0] == metrics[1]
+
+
+def test_data_that_is_missing_fails_its_runs_before_any_process_is_started(runs: Runs, tiny_config: RunConfig) -> None:
+    runs.splits.data_root = None
+    elsewhere = tiny_config.vary(dataset="voc2007", data_options={})
+    outcomes = find_or_train(runs, [elsewhere, elsewhere.vary(seed=1)], at_once=2)
+    assert ["voc2007 needs a data root" in each.error for each in outcomes if isinstance(each, Failure)] == [True] * 2
 
 
 @pytest.mark.slow
@@ -114,8 +142,8 @@ def test_a_killed_process_fails_its_grid_s_runs_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(grid, "_train_in_worker", _die)
     profile = load_profile("smoke")
-    workspace = Workspace(profile, tmp_path / "results", artifacts=tmp_path / "artifacts", verbose=False)
-    outcomes = run_grid(workspace, [profile.run, profile.run.vary(seed=1)], at_once=2)
+    runs = Runs(profile, tmp_path / "results", artifacts=tmp_path / "artifacts", verbose=False)
+    outcomes = find_or_train(runs, [profile.run, profile.run.vary(seed=1)], at_once=2)
     assert [isinstance(outcome, Failure) and "was killed" in outcome.error for outcome in outcomes] == [True, True]
 
 

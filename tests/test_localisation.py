@@ -1,4 +1,4 @@
-"""Regions against annotated boxes: hand-made cases, plain loops, and the model's own regions."""
+"""Regions against annotated boxes: hand-made cases, plain loops, the model's own regions, and the record of a run."""
 
 import itertools
 from collections.abc import Callable
@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from mcar_lib.data.image_set import Boxes, ImageSet
-from mcar_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ResizedImages
+from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError
 from mcar_lib.localisation import (
     MEASURES,
@@ -20,20 +19,20 @@ from mcar_lib.localisation import (
     ClassRegions,
     Objects,
     annotated_objects,
+    class_maps,
     class_regions,
-    finding,
-    mean_intervals,
     measure_overlaps,
+    measure_regions,
     overlap_measures,
     overlap_rows,
     pointing_game,
     pointing_rows,
 )
 from mcar_lib.model import MCAR
-from mcar_lib.recipe import network_input
 from mcar_lib.regions import attention_maps
+from mcar_lib.runs import RunConfig, Runs
+from mcar_lib.training import network_input
 
-MEAN_STD = (IMAGENET_MEAN, IMAGENET_STD)
 Annotation = tuple[list[int], int, bool]  # box, class, difficult
 
 
@@ -146,7 +145,7 @@ def eval_model(contrasted: Callable[..., MCAR]) -> MCAR:
 
 @pytest.fixture(scope="module")
 def found(eval_model: MCAR, scene_squares: tuple[ResizedImages, ResizedImages]) -> ClassRegions:
-    return class_regions(eval_model, scene_squares[1], MEAN_STD)
+    return class_regions(eval_model, scene_squares[1])
 
 
 @pytest.mark.parametrize("selection", ["top", "bottom"])
@@ -159,8 +158,7 @@ def test_regions_of_the_chosen_classes_are_those_of_the_model(
     model = contrasted(selection=selection)
     squares = scene_squares[1]
     with torch.no_grad():
-        x = network_input(torch.stack([squares[i] for i in range(len(squares))]), torch.device("cpu"), MEAN_STD)
-        expected = model(x).regions
+        expected = model(network_input(model, torch.stack([squares[i] for i in range(len(squares))]))).regions
     assert torch.equal(found.boxes.gather(1, expected.classes[..., None].expand(-1, -1, 4)), expected.boxes)
     torch.testing.assert_close(found.scores.gather(1, expected.classes), expected.scores)
 
@@ -170,7 +168,7 @@ def test_peaks_are_where_the_upsampled_maps_are_highest(
 ) -> None:
     squares, size = scene_squares[1], scene_squares[1].size
     with torch.no_grad():
-        x = network_input(torch.stack([squares[i] for i in range(4)]), torch.device("cpu"), MEAN_STD)
+        x = network_input(eval_model, torch.stack([squares[i] for i in range(4)]))
         maps = attention_maps(
             eval_model.class_logits(eval_model.features(x)), torch.arange(20).expand(4, -1), (size, size)
         )
@@ -184,7 +182,7 @@ def test_cells_are_the_centres_of_the_highest_cells(
     eval_model: MCAR, found: ClassRegions, scene_squares: tuple[ResizedImages, ResizedImages]
 ) -> None:
     with torch.no_grad():
-        x = network_input(scene_squares[1][0][None], torch.device("cpu"), MEAN_STD)
+        x = network_input(eval_model, scene_squares[1][0][None])
         logits = eval_model.class_logits(eval_model.features(x))[0]  # (K, 2, 2): cells of 32 pixels
     for kind, (x_cell, y_cell) in enumerate(found.cells[0].tolist()):
         assert logits[kind, int(y_cell) // 32, int(x_cell) // 32] == logits[kind].max()
@@ -194,7 +192,7 @@ def test_cells_are_the_centres_of_the_highest_cells(
 def test_batches_do_not_change_what_is_found(
     eval_model: MCAR, found: ClassRegions, scene_squares: tuple[ResizedImages, ResizedImages]
 ) -> None:
-    one_by_one = class_regions(eval_model, scene_squares[1], MEAN_STD, batch_size=3)
+    one_by_one = class_regions(eval_model, scene_squares[1], batch_size=3)
     torch.testing.assert_close(one_by_one.scores, found.scores)
     assert torch.equal(one_by_one.boxes, found.boxes)
 
@@ -203,7 +201,7 @@ def test_a_model_in_training_mode_is_refused(
     tiny_model: Callable[..., MCAR], scene_squares: tuple[ResizedImages, ResizedImages]
 ) -> None:
     with pytest.raises(ConfigError, match="training mode"):
-        class_regions(tiny_model().train(), scene_squares[1], MEAN_STD)
+        class_regions(tiny_model().train(), scene_squares[1])
 
 
 # ---- overlaps
@@ -226,13 +224,19 @@ def test_measures_of_one_object_by_number_of_regions() -> None:
         assert column(measured, name).tolist() == pytest.approx(expected[name]), name
 
 
+def plain_iou(a: list[float], b: list[float]) -> float:
+    width, height = (max(0.0, min(a[at + 2], b[at + 2]) - max(a[at], b[at])) for at in (0, 1))
+    areas = ((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (sum(areas) - width * height)
+
+
 def test_overlaps_equal_a_plain_loop() -> None:
     found, objects = found_in(images=6, classes=5), random_objects(40, images=6, classes=5)
     classes = found.scores.argsort(dim=1)
     boxes = found.boxes.gather(1, classes[..., None].expand(-1, -1, 4))
     measured = overlap_measures(objects, boxes, classes)
     for index, (box, kind, image, _) in enumerate(zip(*objects, strict=True)):
-        ious = box_iou(box[None], boxes[image].double())[0].tolist()
+        ious = [plain_iou(box.tolist(), region) for region in boxes[image].tolist()]
         same = (classes[image] == kind).tolist()
         for count in range(1, 6):
             own = max(iou if alike else 0.0 for iou, alike in zip(ious[:count], same[:count], strict=True))
@@ -335,41 +339,7 @@ def test_pointing_rows_tell_all_classes_and_those_among_the_top() -> None:
     assert rows["among the top 1", "peak - random pixel"]["mean"] == 0.75
 
 
-# ---- intervals
-
-
-def test_mean_intervals_equal_a_plain_loop_over_resamples() -> None:
-    generator = np.random.default_rng(0)
-    images = torch.from_numpy(generator.integers(0, 12, 40))
-    values = torch.from_numpy(generator.random((40, 2)))
-    weights = np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), 200)
-    means = []
-    for weight in weights:
-        copies = np.repeat(np.arange(40), weight[images.numpy()])
-        means.append(values.numpy()[copies].mean(axis=0))
-    mean, low, high = mean_intervals(values, images, 12, num_resamples=200, seed=5)
-    np.testing.assert_allclose(mean, values.mean(dim=0))
-    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975], axis=0))
-
-
-def test_images_are_resampled_not_objects() -> None:
-    values, images = torch.tensor([[0.0]] * 500 + [[1.0]] * 500), torch.tensor([0] * 500 + [1] * 500)
-    assert mean_intervals(values, images, 2)[:, 0].tolist() == [0.5, 0, 1]
-
-
-def test_an_interval_is_as_wide_as_the_normal_approximation() -> None:
-    values = torch.arange(400).remainder(2).double()[:, None]
-    _, low, high = mean_intervals(values, torch.arange(400), 400, num_resamples=4000)[:, 0]
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.004)
-
-
-def test_nothing_to_measure_gives_no_number() -> None:
-    empty = mean_intervals(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), 4)
-    assert empty.shape == (3, 3)
-    assert np.isnan(empty).all()
-
-
-# ---- rows and what follows from them
+# ---- rows
 
 
 def test_objects_are_binned_by_size_with_the_lower_end_in() -> None:
@@ -405,19 +375,37 @@ def test_ways_that_take_the_same_regions_differ_by_nothing() -> None:
     assert (row["mean"], row["low"], row["high"]) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.01, 0.2, "more"),
-        (-0.2, -0.01, "fewer"),
-        (-0.1, 0.1, "no difference that this data can show"),
-        (0.0, 0.1, "no difference that this data can show"),
-    ],
-)
-def test_a_finding_is_what_the_interval_shows(low: float, high: float, expected: str) -> None:
-    assert finding({"mean": (low + high) / 2, "low": low, "high": high}, "more", "fewer") == expected
+# ---- the record of a run
 
 
-def test_a_finding_without_objects_says_so() -> None:
-    nothing = dict.fromkeys(("mean", "low", "high"), float("nan"))
-    assert finding(nothing, "more", "fewer") == "nothing to compare"
+def test_the_record_is_made_once_and_found_by_its_run(
+    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = measure_regions(runs, tiny_config)
+    monkeypatch.delattr("mcar_lib.localisation.class_regions")
+    assert repr(measure_regions(runs, tiny_config)) == repr(made)
+    assert made["run_id"] == runs.run(tiny_config).run_id
+
+
+def test_the_record_counts_what_it_measured(runs: Runs, tiny_config: RunConfig) -> None:
+    record, test = measure_regions(runs, tiny_config), runs.data(tiny_config).test
+    difficult = torch.cat([test.boxes(index).difficult for index in range(len(test))])
+    assert (record["data"], record["images"], record["difficult"]) == (test.title, len(test), difficult.sum())
+    assert list(record["objects"]) == ["small", "medium", "large"]
+    assert sum(record["objects"].values()) == (~difficult).sum()
+    assert {row["N"] for row in record["overlap"]} == {1, 2, 4, 6, 8}
+
+
+def test_the_gallery_has_the_boxes_and_maps_of_the_model(runs: Runs, tiny_config: RunConfig) -> None:
+    entry = measure_regions(runs, tiny_config)["gallery"][1]
+    mcar, test = runs.trained_model(tiny_config), runs.data(tiny_config).test
+    squares = runs.splits.squares(test, tiny_config.image_size)
+    images = torch.stack([squares[at] for at in range(4)])
+    with torch.no_grad():
+        found = mcar(network_input(mcar, images)).regions
+    chosen = found.classes[1].tolist()
+    assert entry["image"] == test.ids[1]
+    assert entry["labels"] == [test.classes[k] for k in chosen]
+    assert entry["boxes"] == found.boxes[1].tolist()
+    expected = torch.sigmoid(class_maps(mcar, images)[1][1, chosen])
+    torch.testing.assert_close(torch.tensor(entry["cells"]), expected, rtol=1e-3, atol=1e-4)

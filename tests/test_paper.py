@@ -3,23 +3,24 @@
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from test_data import write_photo, write_voc
 from typer.testing import CliRunner
 
-from mcar_lib.cli import app
-from mcar_lib.config import RunConfig, load_profile
+from mcar_lib.cli import app, parse_settings
 from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ConfigError
-from mcar_lib.experiment import Workspace, arithmetic_fingerprint, build_model, write_json
-from mcar_lib.plan import key_of, parse_throughput, plan
-from mcar_lib.report import read_published
-from mcar_lib.scoring import count_macs
-from mcar_lib.summary import NEEDS_PAPER, claims_table, load_rows
+from mcar_lib.files import write_json
+from mcar_lib.notebooks.runner import DONE, run_notebook
+from mcar_lib.runs import RunConfig, Runs, load_profile
+from mcar_lib.runs.measures import count_macs
+from mcar_lib.runs.plan import key_of, parse_throughput, plan, published_map
+from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, dry_run
+from mcar_lib.tables import read_published
 
+ROOT = Path(__file__).resolve().parent.parent
 PAPER = load_profile("paper")
 EXCEPTION = ("mobilenet_v2", 448)
 
@@ -54,6 +55,12 @@ def test_a_row_that_is_not_there_names_those_that_are() -> None:
         PAPER.row("voc2007-vgg16-448")
 
 
+def test_published_map_is_the_published_table() -> None:
+    published = read_published("map.csv")
+    keys = zip(published["dataset"], published["backbone"], published["image_size"], strict=True)
+    assert published_map() == dict(zip(keys, published["percent"], strict=True))
+
+
 # ---- the plan
 
 
@@ -69,7 +76,7 @@ def test_the_plan_has_the_published_targets_and_official_counts() -> None:
 
 def test_planned_operations_are_those_that_a_model_is_counted_with() -> None:
     config = RunConfig(backbone="mobilenet_v2", weights="none", image_size=64, num_regions=2)
-    counted = count_macs(build_model(config, 20)[0], 64)
+    counted = count_macs(build_model(config, 20), 64)
     planned = plan(load_profile("smoke"))[1]
     assert planned.config.local_stream
     assert planned.macs_per_image == pytest.approx(counted, rel=0.005)  # which counts the crops too
@@ -98,6 +105,16 @@ def test_the_command_prints_every_row_with_its_command() -> None:
     assert "hours" in done.output
 
 
+def test_the_command_of_a_run_without_a_row_names_that_run() -> None:
+    smoke = load_profile("smoke")
+    runs = plan(smoke)
+    assert [run.config.local_stream for run in runs] == [False] * len(smoke.seeds) + [True] * len(smoke.seeds)
+    for run in runs:
+        command, *settings = run.command.split(" --set ")
+        assert command == "mcar train --profile smoke"
+        assert smoke.run.vary(**parse_settings(settings)) == run.config
+
+
 def test_images_of_ones_own_cannot_be_planned() -> None:
     own = PAPER.model_copy(update={"rows": {"own": {"dataset": "table"}}})
     with pytest.raises(ConfigError, match="table"):
@@ -123,19 +140,17 @@ def record_of(row: str, subset: bool) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("subset", [False, True])
-def test_a_row_that_was_run_stands_in_the_claims_table_unless_on_a_subset(subset: bool, tmp_path: Path) -> None:
-    write_json(tmp_path / "paper" / "runs" / "row.json", record_of("coco2014-resnet101-448", subset))
-    table = claims_table({}, load_rows(tmp_path)).set_index("claim")
-    ours = table.loc["mAP of resnet101 at 448 px on coco2014"]
-    assert tuple(ours[["published", "ours", "verdict"]]) == (
-        ("83.8", "-", NEEDS_PAPER) if subset else ("83.8", "84.0 (last epoch 83.2)", "+0.2 points")
-    )
-    assert table.loc["OF1 (top-3 labels) of resnet101 at 448 px on coco2014", "ours"] == (
-        "-" if subset else "81.0 (last epoch 81.0)"
-    )
-    assert table.loc["mAP of resnet50 at 448 px on coco2014", "verdict"] == NEEDS_PAPER
-    assert pd.notna(table["verdict"]).all()
+def test_a_row_that_was_run_stands_beside_the_published_one_unless_on_a_subset(tmp_path: Path) -> None:
+    """On the page that the summary notebook writes."""
+    for row, subset in (("coco2014-resnet101-448", False), ("coco2014-resnet50-448", True)):
+        write_json(tmp_path / "paper" / "runs" / f"{row}.json", record_of(row, subset))
+    (notebook,) = (ROOT / "notebooks").glob("*_summary.ipynb")
+    values = {"profiles": ["paper"], "results": str(tmp_path), "readme": ""}
+    assert run_notebook(notebook, tmp_path / notebook.name, values) is DONE
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| coco2014 | resnet101 | 448 | all | mAP | 83.8 | 84.0 (last epoch 83.2) |" in page
+    assert "| coco2014 | resnet101 | 448 | top-3 | OF1 | 76.7 | 81.0 (last epoch 81.0) |" in page
+    assert "| coco2014 | resnet50 | 448 | all | mAP | 82.1 | - |" in page
 
 
 # ---- every row runs
@@ -170,11 +185,11 @@ def published_trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_steps_and_one_test_batch_of_each_row_run(name: str, published_trees: Path, tmp_path: Path) -> None:
     """Its own backbone, input size and number of regions; one image a batch, no download, and no bf16, which some
     processors only emulate."""
-    workspace = Workspace(PAPER, tmp_path / "results", published_trees, tmp_path / "artifacts", verbose=False)
+    runs = Runs(PAPER, tmp_path / "results", published_trees, tmp_path / "artifacts", verbose=False)
     config = PAPER.row(name).vary(batch_size=1, weights="none", precision="fp32")
     torch.set_num_threads(2)
     try:
-        done = workspace.dry_run(config)
+        done = dry_run(runs.splits, config, runs.profile.threads)
     finally:
         torch.set_num_threads(1)
     assert done.train_images == 2

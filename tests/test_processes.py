@@ -15,13 +15,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from mcar_lib import processes
 from mcar_lib.cli import app
-from mcar_lib.config import load_profile
 from mcar_lib.errors import ConfigError, DataError, TrainingError
-from mcar_lib.experiment import Workspace, build_model
-from mcar_lib.scoring import STREAMS
-from mcar_lib.training import CHECKPOINT, evaluate
+from mcar_lib.runs import STREAMS, Runs, load_profile
+from mcar_lib.runs.trainer import build_model
+from mcar_lib.training import CHECKPOINT, evaluate, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = (ROOT / "mcar_lib/profiles/smoke.toml").read_text(encoding="utf-8")
@@ -36,6 +34,27 @@ class Done(NamedTuple):
     err: str
 
 
+def start_two(*arguments: str) -> "subprocess.Popen[str]":
+    """What torchrun is given, in two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(started: "subprocess.Popen[str]") -> Done:
+    with started as process:
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its processes; without this, leaving the block would wait for ever
+            raise
+    return Done(process.returncode, out, err)
+
+
 class Job(NamedTuple):
     """A profile and folders of one's own, and the commands on them."""
 
@@ -48,23 +67,10 @@ class Job(NamedTuple):
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """mcar train in two processes."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        return subprocess.Popen(
-            [*torchrun, "-m", "mcar_lib", "train", *self.options, *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_two("-m", "mcar_lib", "train", *self.options, *arguments)
 
     def train(self, *arguments: str) -> Done:
-        with self.start(*arguments) as process:
-            try:
-                out, err = process.communicate(timeout=300)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # it ends its processes; without this, leaving the block would wait for ever
-                raise
-        return Done(process.returncode, out, err)
+        return ended(self.start(*arguments))
 
     def train_alone(self, *arguments: str) -> str:
         done = CliRunner().invoke(app, ["train", *self.options, *arguments])
@@ -110,17 +116,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretends to be the second of two processes."""
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(processes, "num_processes", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
 
 
 # ---- one process
 
 
 def test_without_torchrun_there_is_the_main_process_alone_and_no_process_group() -> None:
-    assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
-    assert processes.from_main(lambda: "made") == processes.main_first(lambda: "made") == "made"
-    assert processes.gathered([1, 2]) == [1, 2]
+    assert (processes.num_processes(), processes.rank(), processes.is_main()) == (1, 0, True)
+    assert processes.broadcast_from_main(lambda: "made") == processes.main_first(lambda: "made") == "made"
+    assert processes.gather([1, 2]) == [1, 2]
     assert not torch.distributed.is_initialized()
 
 
@@ -128,7 +134,7 @@ def test_an_error_of_the_only_process_keeps_its_cause() -> None:
     def fail() -> None:
         raise DataError("x") from ValueError("y")
 
-    for call in (processes.from_main, processes.main_first):
+    for call in (processes.broadcast_from_main, processes.main_first):
         with pytest.raises(DataError) as caught:
             call(fail)
         assert isinstance(caught.value.__cause__, ValueError)
@@ -141,13 +147,13 @@ def test_an_error_of_the_only_process_keeps_its_cause() -> None:
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [1, 3, 11, 15, 16])
 def test_every_image_of_a_batch_belongs_to_one_process(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "count", lambda: count)
-    shares = []
-    for index in range(count):
-        monkeypatch.setattr(processes, "index", lambda index=index: index)
-        shares.append(processes.share_of(size, 16))
-    assert sum(shares) == size
-    assert shares == [len(list(range(size))[first : first + 16 // count]) for first in range(0, 16, 16 // count)]
+    monkeypatch.setattr(processes, "num_processes", lambda: count)
+    shards = []
+    for rank in range(count):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shards.append(processes.shard_size(size, 16))
+    assert sum(shards) == size
+    assert shards == [len(list(range(size))[first : first + 16 // count]) for first in range(0, 16, 16 // count)]
 
 
 @pytest.mark.usefixtures("two")
@@ -168,6 +174,45 @@ def test_the_others_repeat_no_error_of_all_but_tell_their_own() -> None:
 
 
 # ---- two processes
+
+
+AGREE = """
+import json, sys
+from pathlib import Path
+from mcar_lib.errors import DataError
+from mcar_lib.training import processes
+
+folder, rank = Path(sys.argv[1]), processes.rank()
+
+def files() -> int:
+    (folder / f"was here {rank}").touch()
+    return len(list(folder.iterdir()))
+
+def fail() -> None:
+    raise DataError(f"of process {rank}")
+
+with processes.only_main_prints():
+    print("said once")
+    found = [processes.broadcast_from_main(lambda: rank), processes.main_first(files), processes.gather([rank, "x"])]
+    for call in (processes.broadcast_from_main, processes.main_first):
+        try:
+            call(fail)
+        except DataError as error:
+            found.append([str(error), processes.tells(error)])
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_agree_on_what_the_main_process_makes_or_raises(tmp_path: Path) -> None:
+    script = tmp_path / "agree.py"
+    script.write_text(AGREE, encoding="utf-8")
+    folder = tmp_path / "found"
+    folder.mkdir()
+    done = ended(start_two(str(script), str(folder)))
+    assert (done.code, done.out) == (0, "said once\n"), done.err
+    first, second = (json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    assert first == [0, 1, [0, "x", 1, "x"], ["of process 0", True], ["of process 0", True]]
+    assert second == [0, 2, [0, "x", 1, "x"], ["of process 0", False], ["of process 0", False]]
 
 
 def test_two_processes_leave_one_record_that_says_so(trained: Trained) -> None:
@@ -196,15 +241,13 @@ def test_two_processes_take_the_steps_of_one_with_two_groups_of_batch_statistics
 
 def test_scores_of_two_processes_are_those_of_one(trained: Trained) -> None:
     job, _, record = trained
-    workspace = Workspace(
-        load_profile(str(job.folder / "smoke.toml")), job.folder / "results", artifacts=job.folder / "artifacts"
-    )
-    config = workspace.profile.run
-    test = workspace.data(config).test
-    mcar, mean_std = build_model(config, len(test.classes))
-    mcar.load_state_dict(load_file(workspace.artifacts / "runs" / record["run_id"] / "model.safetensors"))
-    alone = evaluate(mcar, workspace.resized(test, config.image_size), mean_std, verbose=False)
-    together = workspace.scores(config)
+    profile = load_profile(str(job.folder / "smoke.toml"))
+    runs = Runs(profile, job.folder / "results", artifacts=job.folder / "artifacts")
+    test = runs.data().test
+    mcar = build_model(profile.run, len(test.classes))
+    mcar.load_state_dict(load_file(runs.artifacts / "runs" / record["run_id"] / "model.safetensors"))
+    alone = evaluate(mcar, runs.splits.squares(test, profile.run.image_size), verbose=False)
+    together = runs.scores(profile.run)
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
     assert record["metrics"]["last"][STREAMS[0]]["mAP"] == record["history"][-1]["map_global"]
 

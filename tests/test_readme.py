@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,19 @@ def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_diagram_shows_the_layers_that_imports_are_held_to() -> None:
+    """The rooms in the README, line by line, are the layers of the contract in pyproject.toml."""
+    diagram = re.search(r"```\nnotebooks/.*?\nmcar_lib\n(.*?)```", TEXT, re.DOTALL)
+    assert diagram
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    layers = [{name.removeprefix("mcar_lib.") for name in re.split(r" [|:] ", layer)} for layer in contract["layers"]]
+    names = {path.stem for path in (ROOT / "mcar_lib").iterdir() if path.suffix == ".py" or path.is_dir()}
+    shown = [
+        {word for word in re.split(r" {2,}", line.strip())[0].split() if word in names}
+        for line in diagram[1].splitlines()
+    ]
+    assert shown == [layer for layer in layers if layer != {"__main__"}]

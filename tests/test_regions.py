@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from mcar_lib import regions
 from mcar_lib.errors import ConfigError
 from mcar_lib.model import MCAR, Output
 from mcar_lib.regions import (
+    SELECTIONS,
+    Selection,
     attention_maps,
     attentional_regions,
     class_marginals,
@@ -27,6 +29,7 @@ from mcar_lib.regions import (
     locate_intervals,
     select_classes,
 )
+from mcar_lib.runs import RunConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTHS = (64, 97, 224, 256, 448, 576)
@@ -324,6 +327,16 @@ def test_a_number_of_regions_outside_the_classes_is_refused(num_regions: int) ->
 def test_an_unknown_selection_is_refused() -> None:
     with pytest.raises(ConfigError, match="choose one of top, bottom, random"):
         select_classes(SCORES, 2, "best")  # type: ignore[arg-type]
+
+
+def test_there_is_one_list_of_selections() -> None:
+    assert get_args(Selection) == SELECTIONS == ("top", "bottom", "random")
+    assert RunConfig.model_fields["selection"].annotation == Selection
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_selection_can_be_chosen(selection: Selection) -> None:
+    assert select_classes(SCORES, 2, selection).shape == (len(SCORES), 2)
 
 
 # ---- the whole module

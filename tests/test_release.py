@@ -8,23 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from submissions import read_submission
 from test_cli import mcar, metric_lines
 from test_data import write_coco, write_photo, write_voc
 from test_model import released_key
 from torch import nn
 
-from mcar_lib.backbones import IMAGENET_MEAN_STD
-from mcar_lib.checkpoints import release_settings
 from mcar_lib.data import ImageSet, load_coco, load_image_set, load_voc
 from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.metrics import average_precision, multilabel_metrics
 from mcar_lib.model import MCAR, build_mcar
-from mcar_lib.recipe import StreamScores
-from mcar_lib.scoring import OPERATING_POINTS, STREAMS
-from mcar_lib.submission import read_voc2012_submission
-from mcar_lib.training import evaluate
+from mcar_lib.runs import OPERATING_POINTS, STREAMS
+from mcar_lib.training import StreamScores, evaluate
+from mcar_lib.weights import release_settings
 
 SIDE = 64
 VOC_LABELS = {"a1": {"dog": 1, "cat": 0}, "b2": {"train": 1}, "c3": {"person": 1, "dog": 1}, "d4": {"aeroplane": 1}}
@@ -73,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(backbone: str, num_classes: int, pooling: str = "gwp", num_regions: int = 4, tau: float = 0.5) -> MCAR:
     """A seeded model whose scores spread over (0, 1); its batch statistics matter, as those of a trained one do."""
     torch.manual_seed(3)
-    model = build_mcar(backbone, num_classes, "none", pooling, num_regions, tau)  # type: ignore[arg-type]
+    model = build_mcar(backbone, num_classes, "none", pooling=pooling, num_regions=num_regions, threshold=tau)
     for module in model.features.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -93,7 +91,7 @@ def write_release(model: MCAR, path: Path, backbone: str) -> Path:
 
 
 def score(model: MCAR, images: ImageSet) -> StreamScores:
-    return evaluate(model, ResizedImages(images, SIDE), IMAGENET_MEAN_STD, verbose=False)
+    return evaluate(model, ResizedImages(images, SIDE), verbose=False)
 
 
 def expected_lines(scores: StreamScores, targets: torch.Tensor) -> list[str]:
@@ -297,7 +295,7 @@ def test_submit_takes_the_settings_from_the_name(root: Path, tmp_path: Path) -> 
     assert "pooling = max, from the name" in done.stdout
     assert "dataset = " not in done.stdout
     expected = score(model, load_voc(root, "2012", "test", labelled=False)).fused
-    assert torch.equal(read_voc2012_submission(output).scores.float(), expected)
+    assert torch.equal(read_submission(output).scores.float(), expected)
 
 
 def test_submit_refuses_a_checkpoint_of_coco_and_writes_nothing(root: Path, tmp_path: Path) -> None:

@@ -1,39 +1,50 @@
 """Models that are handed on: the file, what it predicts, its card, and the one that is committed."""
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_CHANNELS, build_tiny
 from real_photos import real_voc2007
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import mcar_lib
-from mcar_lib.config import RunConfig
+from mcar_lib.backbones import BACKBONES, Entry, build_backbone
 from mcar_lib.data import load_voc
+from mcar_lib.data.transforms import normalise, resize_square
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import WeightsError
-from mcar_lib.experiment import Workspace, read_records
 from mcar_lib.metrics import average_precision
-from mcar_lib.released import ReleasedModel, card_text, export_run, load_released
+from mcar_lib.model import MCAR
+from mcar_lib.released import METADATA, ReleasedModel, card_text, export_run, load_released
+from mcar_lib.runs import Profile, RunConfig, Runs, read_records
+from mcar_lib.weights import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted((ROOT / "models").glob("*.safetensors"))
 
 
 @pytest.fixture
-def exported(workspace: Workspace, tiny_config: RunConfig, tmp_path: Path) -> tuple[Path, ReleasedModel]:
+def exported(runs: Runs, tiny_config: RunConfig, tmp_path: Path) -> tuple[Path, ReleasedModel]:
     path = tmp_path / "new" / "model.safetensors"
-    return path, export_run(workspace, workspace.run(tiny_config), path)
+    return path, export_run(runs, runs.run(tiny_config), path)
 
 
 def test_a_file_predicts_what_its_run_does_up_to_the_rounding(
-    exported: tuple[Path, ReleasedModel], workspace: Workspace, tiny_config: RunConfig
+    exported: tuple[Path, ReleasedModel], runs: Runs, tiny_config: RunConfig
 ) -> None:
     path, _ = exported
-    released, test = mcar_lib.load(path), workspace.data(tiny_config).test
+    released, test = mcar_lib.load(path), runs.data(tiny_config).test
     output = released.predict([test.image(index) for index in range(len(test))])
-    expected = workspace.scores(tiny_config).fused
+    expected = runs.scores(tiny_config).fused
     assert output.scores.shape == expected.shape
     assert torch.allclose(output.scores, expected, atol=5e-3)
     assert not torch.equal(output.scores, expected)  # it is rounded
@@ -44,15 +55,141 @@ def test_a_file_predicts_what_its_run_does_up_to_the_rounding(
 
 
 def test_a_file_says_what_it_scores_itself(
-    exported: tuple[Path, ReleasedModel], workspace: Workspace, tiny_config: RunConfig
+    exported: tuple[Path, ReleasedModel], runs: Runs, tiny_config: RunConfig
 ) -> None:
     path, released = exported
-    test = workspace.data(tiny_config).test
+    test = runs.data(tiny_config).test
     scores = released.predict([test.image(index) for index in range(len(test))]).scores
     assert released.about["mAP"] == pytest.approx(average_precision(scores, test.targets).nanmean().item(), abs=1e-6)
-    assert released.about["run_mAP"] == workspace.run(tiny_config).map()
+    assert released.about["run_mAP"] == runs.run(tiny_config).map()
     in_fp32 = sum(4 * value.numel() for value in released.model.state_dict().values())
     assert path.stat().st_size < 0.75 * in_fp32 + 20_000  # the metadata
+
+
+@pytest.mark.parametrize("pooling", ["avg", "gwp"])
+def test_an_exported_baseline_predicts_what_its_run_does_up_to_the_rounding(
+    runs: Runs, tiny_config: RunConfig, tmp_path: Path, pooling: str
+) -> None:
+    config = tiny_config.vary(local_stream=False, pooling=pooling)
+    released = export_run(runs, runs.run(config), tmp_path / "baseline.safetensors")
+    test = runs.data(config).test
+    output = released.predict([test.image(index) for index in range(len(test))])
+    assert (output.local_logits, output.regions) == (None, None)
+    assert torch.allclose(output.scores, runs.scores(config).global_scores, atol=2e-3)
+    assert torch.equal(output.scores, torch.sigmoid(output.global_logits))
+    card = card_text("baseline", released.about)
+    assert "The global baseline of MCAR over tiny" in card
+    assert "regions" not in card.partition("**Data.**")[0]
+
+
+def test_a_run_in_bf16_is_scored_as_its_file_computes(runs: Runs, tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = tiny_config.vary(precision="bf16")
+    released = export_run(runs, runs.run(config), tmp_path / "model.safetensors")
+    test = runs.data(config).test
+    scores = released.predict([test.image(index) for index in range(len(test))]).scores
+    assert released.about["mAP"] == pytest.approx(average_precision(scores, test.targets).nanmean().item(), abs=1e-6)
+
+
+# ---- what the header says is what is computed
+
+
+@pytest.fixture(scope="module")
+def written(tiny_profile: Profile, scenes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that no test changes."""
+    folder = tmp_path_factory.mktemp("written")
+    shutil.copytree(scenes_data, folder / "artifacts" / "data", copy_function=shutil.copy2)
+    runs = Runs(tiny_profile, folder / "results", artifacts=folder / "artifacts", verbose=False)
+    export_run(runs, runs.run(tiny_profile.run), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def rewritten(path: Path, other: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Another file with the same tensors below a changed header."""
+    with safe_open(path, framework="pt") as stored:
+        about = json.loads(stored.metadata()[METADATA])
+    change(about)
+    save_file(load_file(path), other, {METADATA: json.dumps(about)})
+    return other
+
+
+def predicted(path: Path, photos: list[Tensor]) -> dict[str, Tensor]:
+    released = load_released(path)
+    output = released.predict(photos)
+    found = dict(zip(released.classes, output.scores.T, strict=True))
+    return found if output.regions is None else {**found, "regions": output.regions.boxes}
+
+
+def predicted_by_hand(path: Path, photos: list[Tensor]) -> dict[str, Tensor]:
+    """From the header and the tensors, without mcar_lib.released."""
+    with safe_open(path, framework="pt") as stored:
+        about = json.loads(stored.metadata()[METADATA])
+    config, built = about["config"], build_backbone(about["config"]["backbone"], "none")
+    names = ("pooling", "num_regions", "threshold", "selection", "local_stream")
+    options = {name: config[name] for name in names}
+    model = MCAR(built.features, built.num_features, len(about["classes"]), generator=torch.Generator(), **options)
+    model.load_state_dict({key: value.to(model.state_dict()[key].dtype) for key, value in load_file(path).items()})
+    squares = torch.stack([resize_square(photo, config["image_size"]) for photo in photos])
+    with torch.no_grad():
+        output = model.eval()(normalise(squares, about["mean"], about["std"]))
+    found = dict(zip(about["classes"], output.scores.T, strict=True))
+    return found if output.regions is None else {**found, "regions": output.regions.boxes}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def with_tanh() -> nn.Module:
+    """The tiny backbone with another activation: its tensors have the same names and shapes."""
+    return nn.Sequential(*(nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in build_tiny()))
+
+
+HEADER = {
+    "backbone": "tanh",
+    "pooling": "max",
+    "num_regions": 3,
+    "threshold": 0.2,
+    "selection": "bottom",
+    "local_stream": False,
+    "image_size": 96,
+    "classes": list(reversed(VOC_CLASSES)),
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.5, 0.4, 0.3],
+}
+
+
+def part_with(key: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The part of a header in which a key is."""
+    part: dict[str, Any] = about["config"] if key in RunConfig.model_fields else about
+    return part
+
+
+@pytest.mark.parametrize(("key", "value"), HEADER.items(), ids=HEADER)
+def test_each_value_of_the_header_that_a_prediction_depends_on_is_used(
+    written: Path, key: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKBONES, "tanh", Entry(with_tanh, TINY_CHANNELS[-1], Source("tanh")))
+    random = torch.Generator().manual_seed(0)
+    photos = [torch.randint(0, 256, (3, 80, 120), dtype=torch.uint8, generator=random) for _ in range(2)]
+    other = rewritten(written, tmp_path / "other.safetensors", lambda about: part_with(key, about).update({key: value}))
+    assert same(predicted(written, photos), predicted_by_hand(written, photos))
+    assert same(predicted(other, photos), predicted_by_hand(other, photos))
+    assert not same(predicted(other, photos), predicted(written, photos))
+
+
+@pytest.mark.parametrize("key", HEADER)
+def test_a_header_without_one_of_these_values_is_refused(written: Path, key: str, tmp_path: Path) -> None:
+    other = rewritten(written, tmp_path / "other.safetensors", lambda about: part_with(key, about).pop(key))
+    with pytest.raises(WeightsError, match=f"not complete.*'{key}'"):
+        load_released(other)
+
+
+def test_loading_a_model_imports_neither_runs_nor_training() -> None:
+    code = "import sys, mcar_lib; mcar_lib.load('voc-photos'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith("mcar_lib.")}
+    assert "mcar_lib.released" in loaded
+    assert not [name for name in loaded if name.startswith(("mcar_lib.runs", "mcar_lib.training"))]
 
 
 def test_photos_of_any_size_and_no_training_mode(exported: tuple[Path, ReleasedModel]) -> None:
@@ -86,7 +223,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_earlier_file(
     exported: tuple[Path, ReleasedModel],
-    workspace: Workspace,
+    runs: Runs,
     tiny_config: RunConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -98,7 +235,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(
 
     monkeypatch.setattr("mcar_lib.released.save_file", full)
     with pytest.raises(WeightsError, match="No space left"):
-        export_run(workspace, workspace.run(tiny_config), path)
+        export_run(runs, runs.run(tiny_config), path)
     assert path.read_bytes() == before
 
 
@@ -113,11 +250,15 @@ def test_there_is_the_model_that_the_readme_names() -> None:
 def test_a_committed_model_is_small_and_belongs_to_a_committed_run(path: Path) -> None:
     about = mcar_lib.load(path.stem).about
     assert path.stat().st_size <= 5e6
-    runs = {record.run_id: record for record in read_records(ROOT / "results" / about["profile"])}
-    assert about["run_mAP"] == runs[about["run_id"]].map()
-    assert about["config"] == runs[about["run_id"]].content["config"]
+    records = {record.run_id: record for record in read_records(ROOT / "results" / about["profile"])}
+    assert about["run_mAP"] == records[about["run_id"]].map()
+    assert about["config"] == records[about["run_id"]].content["config"]
     assert about["mAP"] == pytest.approx(about["run_mAP"], abs=0.01)  # rounding moves the sides of regions
-    assert path.with_suffix(".md").read_text(encoding="utf-8") == card_text(path.stem, about)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_the_card_of_a_committed_model_is_what_its_file_says(path: Path) -> None:
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == card_text(path.stem, mcar_lib.load(path).about)
 
 
 @pytest.mark.photos

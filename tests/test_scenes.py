@@ -142,11 +142,10 @@ def test_every_class_has_six_glyphs_and_a_third_of_them_at_most_for_test() -> No
 
 
 def test_every_glyph_draws_something_of_its_own() -> None:
-    fonts = scenes._fonts_folder()
     shapes = set()
     glyphs = [glyph for glyphs in GLYPHS.values() for glyph in glyphs] + DISTRACTORS
     for glyph in glyphs:
-        ink, solid = scenes._icon(fonts, glyph)
+        ink, solid = scenes._icon(glyph)
         assert max(ink.size) > 150, glyph
         assert (np.asarray(solid) >= np.asarray(ink)).all(), glyph
         assert 0.05 < np.asarray(ink).mean() / 255 < 0.95, glyph

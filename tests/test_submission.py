@@ -1,10 +1,7 @@
 """The archive for the PASCAL server: what is written, what is refused, and the command that scores VOC2012 test."""
 
-import gzip
-import io
 import re
 import shlex
-import tarfile
 import tomllib
 from pathlib import Path
 
@@ -13,19 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from submissions import members, read_submission
 from test_data import write_voc
 from typer.testing import CliRunner, Result
 
 from mcar_lib.cli import app
-from mcar_lib.config import make_config
 from mcar_lib.data import load_voc, prepare
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import DataError, ResultsError
-from mcar_lib.experiment import Record, Workspace, build_model, read_records
-from mcar_lib.report import compare_results
-from mcar_lib.scoring import STREAMS
-from mcar_lib.submission import read_voc2012_submission, write_voc2012_submission
+from mcar_lib.notebooks.jobs import compare_runs
+from mcar_lib.runs import STREAMS, Record, Runs, make_config, read_records
+from mcar_lib.runs.outcome import Outcome
+from mcar_lib.runs.trainer import build_model
+from mcar_lib.submission import write_voc2012_submission
 from mcar_lib.training import evaluate
 
 IDS = ("2008_000006", "2008_000011", "2011_003276")
@@ -52,20 +50,6 @@ def written(tmp_path: Path) -> Path:
     return write_voc2012_submission(tmp_path / "new" / "scores.tar.gz", IDS, VOC_CLASSES, SCORES)
 
 
-def members(path: Path) -> dict[str, str]:
-    with tarfile.open(path, "r:gz") as tar:
-        return {member.name: tar.extractfile(member).read().decode() for member in tar}  # type: ignore[union-attr]
-
-
-def pack(path: Path, files: dict[str, str]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, text in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
-    return path
-
-
 # ---- the archive
 
 
@@ -83,9 +67,8 @@ def test_the_archive_has_one_file_for_each_class_and_one_line_for_each_image(wri
 
 
 def test_what_was_written_is_read_back_exactly(written: Path) -> None:
-    found = read_voc2012_submission(written)
+    found = read_submission(written)
     assert found.image_ids == IDS
-    assert found.classes == VOC_CLASSES
     assert torch.equal(found.scores.float(), SCORES)
 
 
@@ -94,7 +77,7 @@ def test_every_finite_score_keeps_its_value(tmp_path_factory: pytest.TempPathFac
     scores = torch.tensor([row])
     path = write_voc2012_submission(tmp_path_factory.mktemp("any") / "a.tar.gz", IDS[:1], VOC_CLASSES, scores)
     assert "e" not in "".join(text.split()[1] for text in members(path).values())
-    assert torch.equal(read_voc2012_submission(path).scores.float(), scores)
+    assert torch.equal(read_submission(path).scores.float(), scores)
 
 
 def test_the_same_scores_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
@@ -140,52 +123,6 @@ def test_scores_that_do_not_fit_are_not_written(
     with pytest.raises(DataError, match=message):
         write_voc2012_submission(tmp_path / "a.tar.gz", ids, classes, scores)
     assert list(tmp_path.iterdir()) == []
-
-
-DOG, CAT = (f"results/VOC2012/Main/comp2_cls_test_{name}.txt" for name in ("dog", "cat"))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (DOG, None, "comp2_cls_test_dog.txt is not in it"),
-        (DOG, "", "dog.txt: no scores"),
-        (DOG, "2008_000006 0.5\n", "dog and aeroplane score different images: 2 are in one of them only"),
-        (DOG, "".join(f"{name} 0.1\n" for name in (*IDS, IDS[0])), "dog.txt:4: image 2008_000006 is scored twice"),
-        (DOG, "2008_000006 nan\n", "dog.txt:1: expected '<image id> <score>' with a finite score"),
-        (DOG, "2008_000006 high\n", "dog.txt:1: expected"),
-        (DOG, "2008_000006\n", "dog.txt:1: expected"),
-        (DOG, "2008_000006 0.1 0.2\n", "dog.txt:1: expected"),
-        ("results/VOC2012/Main/comp2_cls_test_unicorn.txt", "a 1\n", "unicorn.txt: not a file"),
-        ("results/VOC2012/Main/comp1_cls_test_dog.txt", "a 1\n", "comp1_cls_test_dog.txt: not a file"),
-        ("comp2_cls_test_dog.txt", "a 1\n", "comp2_cls_test_dog.txt: not a file"),
-    ],
-    ids=lambda value: value if value and " " in value else "",
-)
-def test_an_archive_that_the_server_would_refuse_is_refused_here(
-    name: str, text: str | None, message: str, written: Path, tmp_path: Path
-) -> None:
-    files = members(written)
-    files.pop(name, None)
-    if text is not None:
-        files[name] = text
-    with pytest.raises(DataError, match=re.escape(message)):
-        read_voc2012_submission(pack(tmp_path / "a.tar.gz", files))
-
-
-@pytest.mark.parametrize("content", [None, b"no archive", gzip.compress(b"no tar")], ids=["missing", "text", "gzip"])
-def test_a_file_that_is_no_archive_is_a_results_error(content: bytes | None, tmp_path: Path) -> None:
-    path = tmp_path / "a.tar.gz"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ResultsError, match=r"a\.tar\.gz cannot be read"):
-        read_voc2012_submission(path)
-
-
-def test_an_archive_that_is_cut_off_is_a_results_error(written: Path) -> None:
-    written.write_bytes(written.read_bytes()[:-200])
-    with pytest.raises(ResultsError, match="cannot be read"):
-        read_voc2012_submission(written)
 
 
 # ---- photos without labels
@@ -244,15 +181,15 @@ def test_submit_writes_the_scores_of_a_checkpoint(
     options: tuple[object, ...], voc2012_test: Path, tmp_path: Path
 ) -> None:
     config = make_config(run_config())
-    model, mean_std = build_model(config.vary(seed=3), 20)
+    model = build_model(config.vary(seed=3), 20)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "weights.safetensors")
     done = mcar("submit", "voc2012", *options, "--checkpoint", tmp_path / "weights.safetensors")
     assert done.exit_code == 0, done.output
     assert "VOC2012 test without labels, subset of 3 of 10,991 images, 3 images, 20 classes" in done.stdout
     assert "the server wants scores of all 10,991 images" in done.stdout
-    found = read_voc2012_submission(tmp_path / "out" / "scores.tar.gz")
+    found = read_submission(tmp_path / "out" / "scores.tar.gz")
     photos = ResizedImages(load_voc(voc2012_test, "2012", "test", labelled=False), 64)
-    expected = evaluate(model, photos, mean_std, verbose=False).fused
+    expected = evaluate(model, photos, verbose=False).fused
     assert found.image_ids == IDS
     assert torch.equal(found.scores.float(), expected)
 
@@ -260,12 +197,12 @@ def test_submit_writes_the_scores_of_a_checkpoint(
 def test_submit_takes_the_weights_of_the_run_that_the_options_name(
     options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Workspace, "find", lambda *_: Record(tmp_path, {"run_id": "0123"}))
+    monkeypatch.setattr(Runs, "find", lambda *_: Record(tmp_path, {"run_id": "0123"}))
     weights = tmp_path / "artifacts" / "runs" / "0123" / "model.safetensors"
     done = mcar("submit", "voc2012", *options)
     assert done.exit_code == 4
     assert f"{weights}: the weights of this run are not on this machine" in done.stderr
-    model, _ = build_model(make_config(run_config()), 20)
+    model = build_model(make_config(run_config()), 20)
     weights.parent.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
     done = mcar("submit", "voc2012", *options)
@@ -274,11 +211,11 @@ def test_submit_takes_the_weights_of_the_run_that_the_options_name(
 
 def test_submit_takes_the_checkpoints_of_the_release(options: tuple[object, ...], tmp_path: Path) -> None:
     settings = ("--set", "backbone=resnet50")
-    model, _ = build_model(make_config(run_config()).vary(backbone="resnet50"), 20)
+    model = build_model(make_config(run_config()).vary(backbone="resnet50"), 20)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "release.pth")
     done = mcar("submit", "voc2012", *options, *settings, "--checkpoint", tmp_path / "release.pth", "--release")
     assert done.exit_code == 0, done.output
-    assert len(read_voc2012_submission(tmp_path / "out" / "scores.tar.gz").image_ids) == 3
+    assert len(read_submission(tmp_path / "out" / "scores.tar.gz").image_ids) == 3
 
 
 @pytest.mark.parametrize(
@@ -305,7 +242,7 @@ def test_submit_names_the_photos_that_are_missing(
     options: tuple[object, ...], voc2012_test: Path, tmp_path: Path
 ) -> None:
     (voc2012_test / "VOCdevkit/VOC2012/JPEGImages" / f"{IDS[1]}.jpg").unlink()
-    model, _ = build_model(make_config(run_config()), 20)
+    model = build_model(make_config(run_config()), 20)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     done = mcar("submit", "voc2012", *options, "--checkpoint", tmp_path / "weights.pth")
     assert done.exit_code == 3
@@ -337,18 +274,18 @@ def test_a_run_whose_test_labels_nobody_has_is_trained_and_submitted(
     command = shlex.split(done.stdout.partition("next: mcar ")[2])
     done = mcar(*command, *options[-2:])
     assert done.exit_code == 0, done.output
-    found = read_voc2012_submission(tmp_path / "out" / "scores.tar.gz")
+    found = read_submission(tmp_path / "out" / "scores.tar.gz")
     (weights,) = tmp_path.glob("artifacts/runs/*/model.safetensors")
-    model, mean_std = build_model(make_config(run_config()), 20)
+    model = build_model(make_config(run_config()), 20)
     model.load_state_dict(load_file(weights))
     photos = ResizedImages(load_voc(voc2012, "2012", "test", labelled=False), 64)
-    assert torch.equal(found.scores.float(), evaluate(model, photos, mean_std, verbose=False).fused)
+    assert torch.equal(found.scores.float(), evaluate(model, photos, verbose=False).fused)
 
 
 def test_a_record_without_test_labels_has_no_metrics(
     options: tuple[object, ...], voc2012: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("mcar_lib.training.evaluate")  # nothing is scored after an epoch either
+    monkeypatch.delattr("mcar_lib.training.loop.evaluate")  # nothing is scored after an epoch either
     assert trained(options).exit_code == 0
     (record,) = read_records(tmp_path / "results" / "tiny")
     assert record.content["metrics"] is None
@@ -358,7 +295,7 @@ def test_a_record_without_test_labels_has_no_metrics(
     assert epoch["global_loss"] > 0
     with pytest.raises(ResultsError, match=r"no metrics: VOC2012 test has no public labels"):
         record.map()
-    assert compare_results(tmp_path / "results" / "tiny", tmp_path / "results" / "tiny").empty
+    assert compare_runs(tmp_path / "results" / "tiny", tmp_path / "results" / "tiny").empty
     done = mcar("evaluate", *options[:-2], "--set", "dataset=voc2012")
     assert done.exit_code == 5
     assert "no metrics" in done.stderr
@@ -369,11 +306,11 @@ def test_a_run_without_test_labels_is_the_same_without_the_test_photos(
 ) -> None:
     (voc2012 / "VOCdevkit/VOC2012/ImageSets/Main/test.txt").unlink()
     assert "next: mcar submit voc2012" in trained(options).stdout
-    workspace = Workspace("smoke", tmp_path / "results", voc2012, tmp_path / "artifacts")
+    runs = Runs("smoke", tmp_path / "results", voc2012, tmp_path / "artifacts")
     config = make_config(run_config()).vary(dataset="voc2012")
-    before = workspace.keys(config)
+    before = runs.keys(config)
     (voc2012 / "VOCdevkit/VOC2012/ImageSets/Main/test.txt").write_text("\n".join(IDS))
-    again = Workspace("smoke", tmp_path / "results", voc2012, tmp_path / "artifacts")
+    again = Runs("smoke", tmp_path / "results", voc2012, tmp_path / "artifacts")
     assert again.keys(config) == before
     for scored in (lambda: again.data(config).test, lambda: again.scores(config)):
         with pytest.raises(DataError, match="nothing to score; mcar submit voc2012"):
@@ -398,7 +335,7 @@ def test_a_run_that_stopped_goes_on_without_test_labels(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mcar_lib.experiment._save_outcome", stop)
+        patch.setattr(Outcome, "save", stop)
         assert trained(options).exit_code == 130
-    monkeypatch.delattr("mcar_lib.training.training_step")
+    monkeypatch.delattr("mcar_lib.training.loop.training_step")
     assert trained(options).exit_code == 0

@@ -18,24 +18,31 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from mcar_lib import training
-from mcar_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ResizedImages, normalise
+from mcar_lib.data.transforms import ResizedImages, normalise
 from mcar_lib.errors import CheckpointError, ConfigError, TrainingError
-from mcar_lib.experiment import Workspace
+from mcar_lib.files import write_atomically
 from mcar_lib.model import MCAR
-from mcar_lib.recipe import (
+from mcar_lib.training import (
+    CHECKPOINT,
+    PREVIOUS,
     EpochOrder,
+    EpochResult,
+    Fit,
     Recipe,
     StepLoss,
     StreamScores,
     TrainingImages,
     build_optimizer,
     build_schedule,
+    checkpoint,
+    evaluate,
+    fit,
     forward_in_groups,
+    loop,
+    network_input,
+    stream_map,
 )
-from mcar_lib.training import CHECKPOINT, PREVIOUS, EpochResult, Fit, evaluate, fit, stream_map, write_atomically
 
-MEAN_STD = (IMAGENET_MEAN, IMAGENET_STD)
 RECIPE = Recipe(epochs=4, batch_size=8, learning_rate=0.05, schedule="onecycle")
 STEPS_PER_EPOCH = 3
 Train = Callable[..., tuple[Fit, MCAR]]
@@ -49,7 +56,7 @@ def train(scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callab
         folder: Path, recipe: Recipe = RECIPE, workers: int = 0, verbose: bool = False, **options: object
     ) -> tuple[Fit, MCAR]:
         made = tiny_model(**options)
-        return fit(made, *scene_squares, recipe, MEAN_STD, folder, workers, verbose), made
+        return fit(made, *scene_squares, recipe, folder, workers, verbose), made
 
     return run
 
@@ -112,8 +119,8 @@ def test_history_loss_is_the_mean_over_images_not_over_batches(
         parts.append((part, len(images)))
         return loss, part
 
-    step = training.training_step
-    monkeypatch.setattr(training, "training_step", note)
+    step = loop.training_step
+    monkeypatch.setattr(loop, "training_step", note)
     state, _ = train(tmp_path, Recipe(epochs=1, batch_size=16))  # batches of 16 and 8
     assert state.history[0].global_loss == pytest.approx(sum(part.global_loss * size for part, size in parts) / 24)
 
@@ -122,7 +129,7 @@ def test_best_epoch_is_the_first_with_the_highest_map(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = iter([0.2, 0.7, 0.7, 0.1])
-    monkeypatch.setattr(training, "stream_map", lambda scores, test: (0.5, 0.5, next(fused)))
+    monkeypatch.setattr(loop, "stream_map", lambda scores, test: (0.5, 0.5, next(fused)))
     assert train(tmp_path)[0].best_epoch == 2
 
 
@@ -130,14 +137,14 @@ def test_best_scores_are_those_of_the_best_epoch(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scene_squares: tuple[ResizedImages, ResizedImages]
 ) -> None:
     fused = iter([0.2, 0.7, 0.3, 0.1])
-    monkeypatch.setattr(training, "stream_map", lambda scores, test: (0.5, 0.5, next(fused)))
+    monkeypatch.setattr(loop, "stream_map", lambda scores, test: (0.5, 0.5, next(fused)))
     each: list[StreamScores] = []
 
     def note(*args: object, **options: object) -> StreamScores:
         each.append(evaluate(*args, **options))  # type: ignore[arg-type]
         return each[-1]
 
-    monkeypatch.setattr(training, "evaluate", note)
+    monkeypatch.setattr(loop, "evaluate", note)
     state, _ = train(tmp_path)
     assert state.best is each[1]
 
@@ -145,7 +152,7 @@ def test_best_scores_are_those_of_the_best_epoch(
 def test_a_test_set_without_positives_does_not_stop_training(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "stream_map", lambda scores, test: (math.nan, math.nan, math.nan))
+    monkeypatch.setattr(loop, "stream_map", lambda scores, test: (math.nan, math.nan, math.nan))
     assert len(train(tmp_path)[0].history) == 4
 
 
@@ -157,7 +164,7 @@ def test_an_epoch_is_told_in_one_line(train: Train, tmp_path: Path, capsys: pyte
 
 def test_a_finished_run_is_not_trained_again(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(tmp_path)
-    monkeypatch.delattr(training, "training_step")
+    monkeypatch.delattr(loop, "training_step")
     assert differences(first, train(tmp_path)) == []
 
 
@@ -212,14 +219,14 @@ def test_training_is_stochastic_gradient_descent_on_both_losses(
 def seen_images(train: Train, folder: Path, recipe: Recipe) -> list[Tensor]:
     """The images of each epoch as the model got them, (n, 3, S, S)."""
     batches: list[Tensor] = []
-    step = training.training_step
+    step = loop.training_step
 
     def note(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
         batches.append(images.clone())
         return step(model, images, targets, *group)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "training_step", note)
+        patch.setattr(loop, "training_step", note)
         train(folder, recipe)
     return list(torch.cat(batches).split(24))
 
@@ -257,8 +264,8 @@ def test_numbers_do_not_depend_on_the_global_random_state(
         torch.manual_seed(time.monotonic_ns())
         return resume(*args)  # type: ignore[arg-type]
 
-    resume = training._resume
-    monkeypatch.setattr(training, "_resume", elsewhere)
+    resume = loop.resume
+    monkeypatch.setattr(loop, "resume", elsewhere)
     assert differences(uninterrupted, train(tmp_path)) == []
 
 
@@ -283,14 +290,15 @@ def interrupt(*args: object, **options: object) -> None:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """Makes the call-th call of a function of the training module end the run as a user's interrupt does."""
+    """Makes the call-th call of a function of the training loop end the run as a user's interrupt does."""
+    module = checkpoint if name == "write_atomically" else loop
     calls = itertools.count(1)
-    real = getattr(training, name)
+    real = getattr(module, name)
 
     def counted(*args: object, **options: object) -> object:
         return interrupt() if next(calls) == call else real(*args, **options)
 
-    monkeypatch.setattr(training, name, counted)
+    monkeypatch.setattr(module, name, counted)
 
 
 def train_until(train: Train, folder: Path, name: str, call: int, **options: object) -> None:
@@ -302,7 +310,7 @@ def train_until(train: Train, folder: Path, name: str, call: int, **options: obj
 MOMENTS = [
     pytest.param("training_step", 2, id="in the first epoch"),
     pytest.param("evaluate", 1, id="while testing the first epoch"),
-    pytest.param("_save", 2, id="before the second epoch is saved"),
+    pytest.param("save", 2, id="before the second epoch is saved"),
     pytest.param("write_atomically", 2, id="as the second epoch is saved"),
     pytest.param("training_step", 2 * STEPS_PER_EPOCH + 1, id="at the start of the third epoch"),
     pytest.param("training_step", 2 * STEPS_PER_EPOCH + 3, id="at the end of the third epoch"),
@@ -323,8 +331,8 @@ def test_a_run_goes_on_after_its_last_whole_epoch(
 ) -> None:
     train_until(train, tmp_path, "training_step", 2 * STEPS_PER_EPOCH + 2)
     calls: list[object] = []
-    step = training.training_step
-    monkeypatch.setattr(training, "training_step", lambda *args: calls.append(args) or step(*args))
+    step = loop.training_step
+    monkeypatch.setattr(loop, "training_step", lambda *args: calls.append(args) or step(*args))
     train(tmp_path)
     assert len(calls) == 2 * STEPS_PER_EPOCH
 
@@ -358,17 +366,16 @@ import torch
 from conftest import IMAGE_SIZE, SCENES, TINY_CHANNELS, build_tiny
 from mcar_lib.data import load_image_set
 from mcar_lib.data.scenes import CLASSES
-from mcar_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ResizedImages
+from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.model import MCAR
-from mcar_lib.recipe import Recipe
-from mcar_lib.training import fit
+from mcar_lib.training import Recipe, fit
 
 torch.set_num_threads(1)
 data, folder, recipe = Path(sys.argv[1]), Path(sys.argv[2]), Recipe.model_validate_json(sys.argv[3])
 squares = [ResizedImages(load_image_set("scenes", split, data, **SCENES), IMAGE_SIZE) for split in ("train", "test")]
 torch.manual_seed(0)
 model = MCAR(build_tiny(), TINY_CHANNELS[-1], len(CLASSES), num_regions=2)
-fit(model, *squares, recipe, (IMAGENET_MEAN, IMAGENET_STD), folder, verbose=False)
+fit(model, *squares, recipe, folder, verbose=False)
 """
 
 
@@ -414,8 +421,8 @@ def test_a_truncated_checkpoint_is_told(train: Train, stopped: Path, capsys: pyt
 def test_a_truncated_checkpoint_costs_one_epoch(train: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(stopped / CHECKPOINT)
     calls: list[object] = []
-    step = training.training_step
-    monkeypatch.setattr(training, "training_step", lambda *args: calls.append(args) or step(*args))
+    step = loop.training_step
+    monkeypatch.setattr(loop, "training_step", lambda *args: calls.append(args) or step(*args))
     train(stopped)
     assert len(calls) == 3 * STEPS_PER_EPOCH
 
@@ -470,14 +477,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def break_weights_at(monkeypatch: pytest.MonkeyPatch, call: int, value: float) -> None:
     calls = itertools.count(1)
-    step = training.training_step
+    step = loop.training_step
 
     def broken(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
         if next(calls) == call:
             model.convclass.bias.data.fill_(value)
         return step(model, images, targets, *group)
 
-    monkeypatch.setattr(training, "training_step", broken)
+    monkeypatch.setattr(loop, "training_step", broken)
 
 
 @pytest.mark.parametrize(("value", "told"), [(math.nan, "nan"), (math.inf, "inf|nan")])
@@ -505,10 +512,10 @@ def test_scores_are_in_the_order_of_the_images(
     scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callable[..., MCAR]
 ) -> None:
     test, made = scene_squares[1], tiny_model().eval()
-    image = training.network_input(test[9][None], torch.device("cpu"), MEAN_STD)
+    image = network_input(made, test[9][None])
     with torch.no_grad():
         expected = torch.sigmoid(made(image).global_logits)[0]
-    torch.testing.assert_close(evaluate(made, test, MEAN_STD, verbose=False).global_scores[9], expected)
+    torch.testing.assert_close(evaluate(made, test, verbose=False).global_scores[9], expected)
 
 
 def test_scores_do_not_depend_on_the_batch(
@@ -516,9 +523,9 @@ def test_scores_do_not_depend_on_the_batch(
     tiny_model: Callable[..., MCAR],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = evaluate(tiny_model(), scene_squares[1], MEAN_STD, verbose=False)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 5)
-    parts = evaluate(tiny_model(), scene_squares[1], MEAN_STD, verbose=False)
+    whole = evaluate(tiny_model(), scene_squares[1], verbose=False)
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", 5)
+    parts = evaluate(tiny_model(), scene_squares[1], verbose=False)
     # Rounding differs with the batch and can move a box, so local scores are no witness.
     torch.testing.assert_close(parts.global_scores, whole.global_scores)
 
@@ -527,7 +534,7 @@ def test_testing_changes_no_weight(
     scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callable[..., MCAR]
 ) -> None:
     made = tiny_model().train()
-    evaluate(made, scene_squares[1], MEAN_STD, verbose=False)
+    evaluate(made, scene_squares[1], verbose=False)
     before = tiny_model().state_dict()
     assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
 
@@ -535,7 +542,7 @@ def test_testing_changes_no_weight(
 def test_global_only_scores_stand_for_both_streams(
     scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callable[..., MCAR]
 ) -> None:
-    scores = evaluate(tiny_model(local_stream=False), scene_squares[1], MEAN_STD, verbose=False)
+    scores = evaluate(tiny_model(local_stream=False), scene_squares[1], verbose=False)
     assert torch.equal(scores.global_scores, scores.local_scores)
 
 
@@ -642,11 +649,9 @@ def test_the_order_changes_with_epoch_and_seed(other: tuple[int, int]) -> None:
     assert order_of(3, 2) != order_of(*other)
 
 
-def test_a_warm_up_of_exactly_one_step_is_refused(workspace: Workspace) -> None:
-    images = len(workspace.data(workspace.profile.run).train)
-    config = workspace.profile.run.vary(schedule="onecycle", warmup=0.2, epochs=1, batch_size=-(-images // 5))
-    with pytest.raises(ConfigError, match="single step"):
-        workspace.run(config)
+def test_a_warm_up_of_exactly_one_step_is_refused(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"warmup 0\.2 of 5 steps is a single step"):
+        train(tmp_path, Recipe(epochs=1, batch_size=5, schedule="onecycle", warmup=0.2))
 
 
 # ---- batch statistics over a part of the batch

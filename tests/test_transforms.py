@@ -12,16 +12,9 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torchvision.transforms import v2
 
+from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
 from mcar_lib.data.image_set import ImageSet
-from mcar_lib.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ResizedImages,
-    augment,
-    normalise,
-    resize_square,
-    sample_generator,
-)
+from mcar_lib.data.transforms import ResizedImages, augment, normalise, resize_square, sample_generator
 
 # Computed apart from the library: sha256sum of "0/0/0" and "7/59/5010", its first 8 bytes halved.
 GOLDEN_SEEDS = [3051931488724851722, 2739853573439836556]

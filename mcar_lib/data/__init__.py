@@ -1,10 +1,12 @@
 """Data sets by name: each gives (image uint8 (3, H, W), target int8 (K,), image id)."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mcar_lib.data.coco import load_coco
 from mcar_lib.data.image_set import Boxes, ImageSet, read_image
@@ -42,18 +44,18 @@ def load_image_set(name: str, split: str, root: Path | str, **options: object) -
         raise ConfigError(f"unknown data set {name!r}; choose one of {', '.join(DATA_SETS)}")
     if split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    allowed, load = DATA_SETS[name]
-    unknown = sorted(set(options) - set(allowed))
+    known = DATA_SETS[name]
+    unknown = sorted(set(options) - set(known.options))
     if unknown:
-        known = ", ".join(allowed) or "it takes none"
-        raise ConfigError(f"data set {name} does not know the option {', '.join(unknown)}; options: {known}")
+        options_of = ", ".join(known.options) or "it takes none"
+        raise ConfigError(f"data set {name} does not know the option {', '.join(unknown)}; options: {options_of}")
     root = Path(root).expanduser()
-    if name != "scenes" and not root.exists():
+    if known.expected and not root.exists():
         raise DataError(
-            f"{root}: no such data root. Expected {EXPECTED[name]} in it. "
+            f"{root}: no such data root. Expected {known.expected} in it. "
             "Name the place of the data with --data-root or MCAR_DATA"
         )
-    return load(root, split, options)
+    return known.load(root, split=known.splits[split], **options)
 
 
 def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None = None, **options: object) -> Path:
@@ -65,7 +67,7 @@ def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None 
     from mcar_lib.data.scenes import SCENES_VERSION, ScenesConfig, write_scenes
 
     config = ScenesConfig(**options)  # type: ignore[arg-type]
-    described = json.dumps([SCENES_VERSION, dataclasses.asdict(config)], sort_keys=True)
+    described = json.dumps([SCENES_VERSION, asdict(config)], sort_keys=True)
     folder = Path(root).expanduser() / f"scenes-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
     # The tree gets its name when it is complete; looking first lets a filled data root be read-only.
     if not (folder / "VOCdevkit").is_dir():
@@ -76,45 +78,38 @@ def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None 
     return folder
 
 
-def _load_scenes(root: Path, split: str, options: Mapping[str, object]) -> ImageSet:
-    folder = scenes_folder(root, None, **options)
-    return load_voc(folder, "2007", VOC_SPLITS[split], name="scenes", official_size=None)
+def _load_scenes(root: Path, split: str, **options: object) -> ImageSet:
+    return load_voc(scenes_folder(root, None, **options), "2007", split, name="scenes", official_size=None)
 
 
-def _load_voc2007(root: Path, split: str, options: Mapping[str, object]) -> ImageSet:
-    return load_voc(root, "2007", VOC_SPLITS[split])
-
-
-def _load_voc2012(root: Path, split: str, options: Mapping[str, object]) -> ImageSet:
-    return load_voc(root, "2012", VOC_SPLITS[split])
-
-
-def _load_coco2014(root: Path, split: str, options: Mapping[str, object]) -> ImageSet:
-    return load_coco(root, COCO_SPLITS[split])
-
-
-def _load_table(root: Path, split: str, options: Mapping[str, object]) -> ImageSet:
+def _load_table(root: Path, split: str, csv: str = "labels.csv", **options: Any) -> ImageSet:
     """root is the CSV file, or the folder of the CSV that the option `csv` names."""
-    csv_path = root if root.is_file() else root / str(options.get("csv", "labels.csv"))
-    rest = {key: value for key, value in options.items() if key != "csv"}
-    return load_table(csv_path, split, **rest)  # type: ignore[arg-type]
+    return load_table(root if root.is_file() else root / csv, split, **options)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is read: load(root, split=its own name of the split, **options)."""
+
+    load: Callable[..., ImageSet]
+    splits: Mapping[str, str]  # "train" and "test" -> its own name of that split
+    expected: str  # what has to be in its root; nothing for scenes, which are written there
+    options: tuple[str, ...] = ()
 
 
 VOC_SPLITS = {"train": "trainval", "test": "test"}
 COCO_SPLITS = {"train": "train2014", "test": "val2014"}
-EXPECTED = {
-    "voc2007": "VOCdevkit/VOC2007",
-    "voc2012": "VOCdevkit/VOC2012",
-    "coco2014": "train2014, val2014, annotations/instances_train2014.json and instances_val2014.json",
-    "table": "labels.csv with the columns path, labels and split",
+DATA_SETS: Mapping[str, DataSet] = {
+    "scenes": DataSet(_load_scenes, VOC_SPLITS, "", ("num_train", "num_test", "side", "seed")),
+    "voc2007": DataSet(partial(load_voc, year="2007"), VOC_SPLITS, "VOCdevkit/VOC2007"),
+    "voc2012": DataSet(partial(load_voc, year="2012"), VOC_SPLITS, "VOCdevkit/VOC2012"),
+    "coco2014": DataSet(
+        load_coco, COCO_SPLITS, "train2014, val2014, annotations/instances_train2014.json and instances_val2014.json"
+    ),
+    "table": DataSet(
+        _load_table,
+        {split: split for split in SPLITS},
+        "labels.csv with the columns path, labels and split",
+        ("csv", "image_root", "classes"),
+    ),
 }
-
-Loader = Callable[[Path, str, Mapping[str, object]], ImageSet]
-DATA_SETS: Mapping[str, tuple[tuple[str, ...], Loader]] = {
-    "scenes": (("num_train", "num_test", "side", "seed"), _load_scenes),
-    "voc2007": ((), _load_voc2007),
-    "voc2012": ((), _load_voc2012),
-    "coco2014": ((), _load_coco2014),
-    "table": (("csv", "image_root", "classes"), _load_table),
-}
-"""Name -> (its options, its loader)."""

@@ -5,7 +5,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,6 @@ COCO_CLASSES = (
 # Images with at least one label.
 COCO_OFFICIAL_SIZES = {"train2014": 82081, "val2014": 40137}
 
-# Image number -> its annotations.
-_Grouped = dict[int, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True, eq=False)
-class _Objects:
-    """All objects of all images, one after the other: image i owns rows first[i] to first[i + 1]."""
-
-    xyxy: Tensor
-    classes: Tensor
-    crowd: Tensor
-    first: Tensor
-
 
 def load_coco(root: Path | str, split: str, classes: Sequence[str] = COCO_CLASSES) -> ImageSet:
     """Read "train2014" or "val2014" from root/annotations/instances_<split>.json and root/<split>/.
@@ -62,10 +48,15 @@ def load_coco(root: Path | str, split: str, classes: Sequence[str] = COCO_CLASSE
     column = _column_of_category(coco, tuple(classes), problems)
     annotations = _group_by_image(coco, problems)
     problems.raise_if_any()
+    found = [annotation for group in annotations.values() for annotation in group]
+    objects = Boxes.of(
+        [_round_outward(annotation["bbox"], coco.imgs[annotation["image_id"]]) for annotation in found],
+        [column[annotation["category_id"]] for annotation in found],
+        [bool(annotation.get("iscrowd", 0)) for annotation in found],
+    )
+    counts = torch.tensor([len(group) for group in annotations.values()])
     targets = torch.zeros((len(annotations), len(classes)), dtype=torch.int8)
-    for row, found in enumerate(annotations.values()):
-        targets[row, [column[annotation["category_id"]] for annotation in found]] = 1
-    objects = _pack_objects(annotations, coco.imgs, column)
+    targets[torch.arange(len(annotations)).repeat_interleave(counts), objects.classes] = 1
     return ImageSet(
         name="COCO2014",
         split=split,
@@ -73,7 +64,7 @@ def load_coco(root: Path | str, split: str, classes: Sequence[str] = COCO_CLASSE
         ids=tuple(str(number) for number in annotations),
         paths=tuple(root / split / coco.imgs[number]["file_name"] for number in annotations),
         targets=targets,
-        read_boxes=partial(_read_boxes, objects),
+        read_boxes=partial(_read_boxes, objects, counts.cumsum(0)),
         official_size=COCO_OFFICIAL_SIZES.get(split),
         annotation_files=(path,),
     )
@@ -113,8 +104,8 @@ def _column_of_category(coco: Any, classes: tuple[str, ...], problems: Problems)
     return column
 
 
-def _group_by_image(coco: Any, problems: Problems) -> _Grouped:
-    grouped: _Grouped = {}
+def _group_by_image(coco: Any, problems: Problems) -> dict[int, list[dict[str, Any]]]:
+    grouped: dict[int, list[dict[str, Any]]] = {}
     for annotation in coco.dataset["annotations"]:
         place = f"annotation {annotation.get('id')}"
         box = annotation.get("bbox") or ()
@@ -135,22 +126,6 @@ def _group_by_image(coco: Any, problems: Problems) -> _Grouped:
     return dict(sorted(grouped.items()))
 
 
-def _pack_objects(annotations: _Grouped, images: Mapping[int, Any], column: Mapping[int, int]) -> _Objects:
-    corners, classes, crowd, first = [], [], [], [0]
-    for number, found in annotations.items():
-        for annotation in found:
-            corners.append(_round_outward(annotation["bbox"], images[number]))
-            classes.append(column[annotation["category_id"]])
-            crowd.append(bool(annotation.get("iscrowd", 0)))
-        first.append(len(corners))
-    return _Objects(
-        torch.tensor(corners, dtype=torch.int64).reshape(-1, 4),
-        torch.tensor(classes, dtype=torch.int64),
-        torch.tensor(crowd, dtype=torch.bool),
-        torch.tensor(first, dtype=torch.int64),
-    )
-
-
 def _round_outward(bbox: list[float], image: Mapping[str, int]) -> tuple[int, int, int, int]:
     """The whole pixels that the box touches, at least one of them: COCO holds a few boxes without area."""
     x, y, w, h = bbox
@@ -159,6 +134,7 @@ def _round_outward(bbox: list[float], image: Mapping[str, int]) -> tuple[int, in
     return x1, y1, max(min(math.ceil(x + w), width), x1 + 1), max(min(math.ceil(y + h), height), y1 + 1)
 
 
-def _read_boxes(objects: _Objects, index: int) -> Boxes:
-    owned = slice(int(objects.first[index]), int(objects.first[index + 1]))
-    return Boxes(objects.xyxy[owned], objects.classes[owned], objects.crowd[owned])
+def _read_boxes(objects: Boxes, ends: Tensor, index: int) -> Boxes:
+    """Of all objects, one image after the other, those of the image at `index`, which end at ends[index]."""
+    owned = slice(int(ends[index - 1]) if index else 0, int(ends[index]))
+    return Boxes(objects.xyxy[owned], objects.classes[owned], objects.difficult[owned])

@@ -2,10 +2,13 @@
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mcar_lib.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,15 @@ class Boxes:
     xyxy: Tensor
     classes: Tensor
     difficult: Tensor
+
+    @classmethod
+    def of(cls, corners: Sequence[Sequence[int]], classes: Sequence[int], difficult: Sequence[bool]) -> "Boxes":
+        """From plain numbers, one row of `corners`, one class and one flag an object."""
+        return cls(
+            torch.tensor(corners, dtype=torch.int64).reshape(-1, 4),
+            torch.tensor(classes, dtype=torch.int64),
+            torch.tensor(difficult, dtype=torch.bool),
+        )
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -108,6 +122,17 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
 
 def _read_chosen(read_boxes: Callable[[int], Boxes], chosen: tuple[int, ...], index: int) -> Boxes:
     return read_boxes(chosen[index])
+
+
+def read_in_threads(
+    read: Callable[[int], T], count: int, progress: Callable[[int, int], None] | None = None
+) -> Iterator[T]:
+    """read(0), read(1), ... up to `count` of them, in order; `progress` is called with (done, count) after each."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for done, result in enumerate(pool.map(read, range(count)), start=1):
+            yield result
+            if progress is not None:
+                progress(done, count)
 
 
 def read_image(path: Path | str, upright: bool = False) -> Tensor:

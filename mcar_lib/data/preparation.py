@@ -3,14 +3,15 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from mcar_lib.data.image_set import ImageSet, decode_image, read_content
-from mcar_lib.errors import DataError
+from mcar_lib.data.image_set import ImageSet, decode_image, read_content, read_in_threads
+from mcar_lib.errors import DataError, ResultsError
+from mcar_lib.files import read_json, write_json
 
 SHOWN_PROBLEMS = 10
 
@@ -51,45 +52,32 @@ def prepare(
     `progress` is called with (images done, images in all).
     """
     stamp = None if cache_dir is None else Path(cache_dir) / f"checked-{_listing_digest(image_set)}.json"
-    known = None if stamp is None else _read_stamp(stamp)
-    if known is not None:
-        return known
-    problems = Problems(image_set.title)
-    _check_list(image_set, problems)
-    digest = _labels_digest(image_set)
-    for done, (content_digest, found) in enumerate(_check_images(image_set), start=1):
-        digest.update(content_digest)
-        for problem in found:
-            problems.add(problem)
-        if progress is not None:
-            progress(done, len(image_set))
-    problems.raise_if_any()
-    fingerprint = digest.hexdigest()[:16]
     if stamp is not None:
-        _write_stamp(stamp, fingerprint)
-    return fingerprint
-
-
-def _check_list(image_set: ImageSet, problems: Problems) -> None:
+        with suppress(ResultsError):  # never checked before
+            known = read_json(stamp).get("fingerprint")
+            if isinstance(known, str) and len(known) == 16:
+                return known
+    problems = Problems(image_set.title)
     if len(image_set) == 0:
         problems.add("the split has no images")
     for path, count in Counter(image_set.paths).items():
         if count > 1:
             problems.add(f"{path}: listed {count} times")
-
-
-def _check_images(image_set: ImageSet) -> Iterator[tuple[bytes, list[str]]]:
-    def check(index: int) -> tuple[bytes, list[str]]:
-        return _check_one(image_set, index)
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield from pool.map(check, range(len(image_set)))
+    digest = _labels_digest(image_set)
+    for content_digest, found in read_in_threads(partial(_check_one, image_set), len(image_set), progress):
+        digest.update(content_digest)
+        problems.found += found
+    problems.raise_if_any()
+    fingerprint = digest.hexdigest()[:16]
+    if stamp is not None:
+        with suppress(ResultsError):  # the stamp only saves time: a cache folder that cannot be written is no error
+            write_json(stamp, {"fingerprint": fingerprint})
+    return fingerprint
 
 
 def _check_one(image_set: ImageSet, index: int) -> tuple[bytes, list[str]]:
     path = image_set.paths[index]
-    found = []
-    content = b""
+    found, content = [], b""
     try:
         content = read_content(path)
         decode_image(content, path, image_set.upright)
@@ -123,22 +111,3 @@ def _listing_digest(image_set: ImageSet) -> str:
             state = []
         digest.update(json.dumps([os.path.relpath(path, top), *state]).encode())
     return digest.hexdigest()[:32]
-
-
-def _read_stamp(stamp: Path) -> str | None:
-    try:
-        fingerprint = json.loads(stamp.read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return fingerprint if isinstance(fingerprint, str) and len(fingerprint) == 16 else None
-
-
-def _write_stamp(stamp: Path, fingerprint: str) -> None:
-    """The stamp only saves time, so a cache folder that cannot be written is no error."""
-    try:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=stamp.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"fingerprint": fingerprint}, file)
-        Path(file.name).replace(stamp)
-    except OSError:
-        return

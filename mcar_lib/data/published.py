@@ -1,6 +1,6 @@
 """What a data root holds of a published data set, held against the official counts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,31 @@ def compare_with_published(images: ImageSet, published: PublishedSplit) -> list[
         differs = "as published" if found == published.objects else f"published are {published.objects:,}"
         lines.append(f"{found:,} objects that are not difficult, {differs}")
     return lines
+
+
+def check_data_set(
+    name: str, root: Path, check: Callable[[ImageSet], str], tell: Callable[[str], object], /, **options: object
+) -> dict[str, Sequence[object]]:
+    """Checks each split that is in a root, and tells line by line what it holds and what of the published is missing.
+
+    check: reads a split and returns its fingerprint. Returns the columns of a table: the classes, and for each labelled
+    split how many images have each class, and how many have it as difficult only. Raises the DataError of a split.
+    """
+    columns: dict[str, Sequence[object]] = {}
+    for split in SPLITS:
+        images, published = load_what_is_there(name, split, root, **options), PUBLISHED.get((name, split))
+        if images is None:
+            assert published is not None  # only published data sets are known to have another split
+            tell(f"{published.title}: not here, all {published.images:,} published images are missing")
+            continue
+        tell(f"{images.title}: {len(images):,} images, fingerprint {check(images)}")
+        for line in compare_with_published(images, published) if published else ():
+            tell(f"  {line}")
+        columns["class"] = images.classes
+        if images.labelled:
+            columns[split] = (images.targets == 1).sum(dim=0).tolist()
+            columns[f"{split} difficult"] = (images.targets == -1).sum(dim=0).tolist()
+    return columns
 
 
 def _has_list(name: str, split: str, root: Path) -> bool:

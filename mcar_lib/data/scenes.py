@@ -1,9 +1,9 @@
 """Composed scenes: the data set that needs no download.
 
-Each image is a collage of the 20 VOC classes, drawn from the icon fonts that the package qtawesome ships. The
-tree has the VOC layout, so that the reader of the real photographs reads it too. Objects are small to medium,
-may cover each other or leave the image, and stand among clutter and icons of no class. About a quarter of the
-glyphs of each class are kept for the test split.
+Each image is a collage of the 20 VOC classes, drawn from the icon fonts that the package qtawesome ships; scenes.toml
+says which icons, and which classes keep company. The tree has the VOC layout, so that the reader of the real
+photographs reads it too. Objects are small to medium, may cover each other or leave the image, and stand among clutter
+and icons of no class. About a quarter of the glyphs of each class are kept for the test split.
 """
 
 import colorsys
@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import shutil
+import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,169 +32,25 @@ MARKER = "scenes.json"
 SPLITS = ("trainval", "test")
 Glyph = tuple[str, str]  # (font key, icon name)
 Floats = NDArray[np.float32]
+Random = np.random.Generator
 
-_FONTS = {
-    "fa5": "fontawesome5-solid-webfont",
-    "fa6": "fontawesome6-solid-webfont",
-    "mdi": "materialdesignicons6-webfont",
-    "ph": "phosphor",
-    "ri": "remixicon",
-}
-
-# class = glyphs of both splits | glyphs of the test split only. "font:icon+part" puts the icon on a drawn
-# part; the font "drawn" is the table of shapes below, for classes of which the fonts hold too few icons.
-_GLYPH_TABLE = """
-aeroplane = fa6:plane fa6:plane-departure fa6:plane-arrival mdi:airplane mdi:airplane-landing
-    ph:airplane-fill ph:airplane-tilt-bold ph:airplane-in-flight-fill ri:plane-fill | fa6:jet-fighter
-    ph:airplane-tilt-fill ri:flight-takeoff-fill;
-bicycle = fa6:bicycle mdi:bicycle mdi:bicycle-basket mdi:bicycle-cargo ph:bicycle-bold ph:bicycle-fill
-    ri:bike-fill | mdi:bicycle-penny-farthing ri:bike-line;
-bird = fa6:crow fa6:dove mdi:bird mdi:duck mdi:owl mdi:penguin ph:bird-fill ph:bird-bold | fa6:kiwi-bird
-    mdi:turkey;
-boat = fa6:sailboat fa6:ship mdi:ferry mdi:sail-boat ph:boat-fill ri:ship-2-fill ri:ship-line
-    ri:sailboat-line | fa6:ferry ph:boat-bold ri:sailboat-fill;
-bottle = fa6:bottle-droplet fa6:bottle-water fa6:wine-bottle mdi:bottle-soda mdi:bottle-soda-classic
-    mdi:bottle-tonic mdi:bottle-wine-outline mdi:bottle-tonic-skull mdi:baby-bottle | mdi:bottle-wine
-    mdi:bottle-soda-classic-outline mdi:bottle-tonic-plus;
-bus = fa6:bus mdi:bus mdi:bus-side mdi:bus-double-decker ph:bus-fill ph:bus-bold ri:bus-2-fill ri:bus-line |
-    fa6:bus-simple mdi:bus-articulated-front ri:bus-fill;
-car = fa6:car fa6:car-side fa6:taxi mdi:car mdi:car-side mdi:car-sports mdi:car-convertible mdi:car-estate
-    mdi:car-pickup ph:car-fill ph:car-bold ri:car-fill ri:taxi-line | fa6:car-rear mdi:car-hatchback
-    ph:jeep-fill ri:roadster-fill;
-cat = fa6:cat fa5:cat mdi:cat ph:cat-fill drawn:cat-walking drawn:cat-lying | ph:cat-bold
-    drawn:cat-from-behind;
-chair = fa6:chair mdi:chair-rolling mdi:chair-school mdi:seat mdi:stool mdi:sofa-single ph:armchair-fill |
-    mdi:stool-outline mdi:sofa-single-outline drawn:chair-side;
-cow = fa6:cow mdi:cow drawn:cow-standing drawn:cow-grazing | drawn:cow-face drawn:cow-walking;
-diningtable = mdi:table-furniture mdi:table-picnic drawn:table-round drawn:table-cloth drawn:table-set |
-    drawn:table-pedestal drawn:table-oblique;
-dog = fa6:dog fa5:dog mdi:dog mdi:dog-side ph:dog-fill | ph:dog-bold mdi:dog-service;
-horse = fa6:horse fa5:horse fa6:horse-head mdi:horse ph:horse-fill | mdi:horse-variant ph:horse-bold;
-motorbike = fa6:motorcycle fa5:motorcycle mdi:moped mdi:motorbike ri:motorbike-fill ri:e-bike-fill
-    ri:e-bike-2-fill | mdi:moped-outline ri:motorbike-line ri:e-bike-line;
-person = fa6:person fa6:person-dress fa6:person-walking fa6:person-running fa6:person-hiking
-    fa6:child-reaching fa6:user mdi:human-male mdi:human-female mdi:human-handsdown mdi:human-greeting
-    mdi:walk mdi:run mdi:karate mdi:account ph:person-fill ph:person-bold ph:person-simple-walk-bold
-    ri:walk-fill | fa6:child fa6:person-praying fa6:person-cane mdi:human-female-dance mdi:yoga ri:run-fill
-    ri:user-fill;
-pottedplant = ri:plant-fill ri:plant-line fa6:seedling+pot mdi:flower+pot mdi:flower-tulip+pot
-    mdi:palm-tree+pot ri:cactus-fill+pot | fa6:plant-wilt+pot mdi:cactus+pot mdi:grass+pot;
-sheep = mdi:sheep fa6:cloud+sheep mdi:cloud+sheep ri:cloud-fill+ram drawn:sheep-face | ph:cloud-fill+sheep
-    fa6:cloud+ram;
-sofa = fa6:couch mdi:sofa drawn:sofa-three drawn:sofa-chaise mdi:sofa-outline | fa5:couch drawn:sofa-legs;
-train = fa6:train fa6:train-subway fa6:train-tram mdi:train mdi:train-variant mdi:tram mdi:tram-side
-    ph:train-fill ph:train-regional-fill ri:train-line ri:subway-fill | mdi:subway-variant
-    ph:train-regional-bold ri:train-fill;
-tvmonitor = fa6:desktop fa6:tv mdi:desktop-classic mdi:monitor mdi:television mdi:television-classic
-    ph:desktop-fill ph:television-bold ph:television-simple-fill ri:tv-line ri:computer-fill | fa6:display
-    ph:television-fill ri:tv-fill ri:tv-2-line;
-"""
-
-_DISTRACTOR_TABLE = """
-fa6:star fa6:heart fa6:gear fa6:arrow-right fa6:bell fa6:key fa6:lightbulb fa6:umbrella fa6:music fa6:gift
-fa6:lock fa6:scissors fa6:moon fa6:sun fa6:bolt fa6:flag fa6:fire fa6:puzzle-piece fa6:snowflake fa6:crown
-fa6:camera fa6:clock fa6:envelope fa6:glasses fa6:hammer fa6:pen fa6:phone fa6:trophy fa6:wrench fa6:fish
-fa6:frog fa6:spider fa6:rocket fa6:tree fa6:anchor fa6:bed fa6:guitar fa6:tractor fa6:house fa6:mug-hot
-mdi:rabbit mdi:elephant mdi:turtle mdi:lamp mdi:fridge mdi:hat-fedora mdi:tent mdi:mushroom
-ph:arrow-bend-up-left-bold ri:scissors-fill ri:compass-3-fill ri:basketball-line
-"""
-
-# name = shapes on a 24 x 24 grid: "e" ellipse in a box, "p" polygon, "l" line of a width; "-" in front cuts
-# out; "icon" is the box that a font's icon is fitted into.
-_SHAPE_TABLE = """
-cat-walking = e 5 10 20 17, e 1 6 8 13, p 1 8 2 3 5 6.5, p 8 8 7.5 3 4.5 6.5, l 2 6 15 5 22, l 2 9 15 10 22,
-    l 2 16 15 15 22, l 2 18 14 20 22, l 1.8 19 13 22 10 21.5 5 23 3, -e 2.3 8.5 3.5 9.7, -e 5.2 8.5 6.4 9.7;
-cat-lying = e 5 11 22 20, e 1 8 9 16, p 1.2 11 1.5 5 5 8.5, p 8.8 11 8.5 5 5 8.5, l 2 20 17 23 20 14 20.5 6
-    20, l 2.4 7 18 2 19, -e 2.8 11 4 12.2, -e 6 11 7.2 12.2, -l 0.7 12 19 14 16 18 15;
-cat-from-behind = e 6 9 18 23, e 7 3 17 12, p 7 7 7 0 11 4, p 17 7 17 0 13 4, l 2 15 21.5 20 21.5 22 18 20.5
-    14;
-chair-side = l 2 6 1 7 12, l 2.4 6 12 17 12, l 2 7 12 5 23, l 2 16 12 18 23, l 1.2 6 17.5 17 17.5;
-cow-standing = p 6 7 20 7 22 9 22 15 7 15 5 11, p 1 7 6 5.5 8 10 4 13 1 12, l 0.9 2.5 6.5 1 3, l 0.9 5 6 6.5
-    3, p 6.5 14 9 14 8.5 22 6.5 22, p 10 14 12 14 12 22 10 22, p 17 14 19 14 19 22 17 22, p 20 14 22 14 22
-    22 20 22, e 13.5 13 17 17, l 0.9 21.5 8 23.4 10 23 16, -e 9 8 13.5 12, -p 16 8 20 8.5 19 12 15.5 11;
-cow-grazing = p 7 6 21 6 22.5 9 22 14 8 14 6 11, p 8 8 4 12 1 18 3 21 6 19 9 13, l 0.9 3.6 13 1 12, l 0.9
-    5.5 12 4.5 9, l 2.2 9 13 9 22, l 2.2 12 13 12 22, l 2.2 18.5 13 18.5 22, l 2.2 21 13 21 22, e 14 12 17.5
-    16, l 0.9 22 7 23.5 10 23 16, -e 16 7 20 11, -e 10 7.5 14 12.5;
-cow-walking = p 4 7 18 6 19 10 18 15 4 15 2 10, p 17 5 22 4 23.5 9 21 11.5 17 11, l 1 18.5 5 17.5 2, l 1
-    21.5 4.5 23 2, l 2.2 4 14 2 22, l 2.2 7 14 8.5 22, l 2.2 14 14 13 22, l 2.2 17 14 19 22, l 0.9 3 8 1 11
-    1 15, -e 7 8 12 12, -e 13 10 16 13;
-cow-face = p 6.5 5 17.5 5 16.5 17 7.5 17, e 5.5 13.5 18.5 22, e 0.5 6 8 10, e 16 6 23.5 10, l 1.6 8 5.5 4.5
-    4.5 4.5 1.5, l 1.6 16 5.5 19.5 4.5 19.5 1.5, -e 8 8 10.3 10.5, -e 13.7 8 16 10.5, -e 8.7 16.5 10.7 19,
-    -e 13.3 16.5 15.3 19;
-sheep-face = e 5 1 12 8, e 12 1 19 8, e 3 4 9 10, e 15 4 21 10, e 8 0 16 8, e 6.5 5 17.5 22, e 1 9 8 12.5, e
-    16 9 23 12.5, -e 9 11 10.8 13, -e 13.2 11 15 13, -l 0.7 10.5 17 12 18.5 13.5 17, -l 0.7 12 18.5 12 20.5,
-    -l 0.7 7.5 9 10 7.5 12 9 14 7.5 16.5 9;
-sofa-three = p 3 6 21 6 21 12 3 12, e 2 4.5 5 9, e 19 4.5 22 9, p 0 10 4 10 4 19 0 19, p 20 10 24 10 24 19
-    20 19, p 3 13 21 13 21 19 3 19, p 2 19 4 19 4 21 2 21, p 20 19 22 19 22 21 20 21, -l 0.5 9 13 9 17, -l
-    0.5 15 13 15 17, -l 0.6 4 12.7 20 12.7;
-sofa-chaise = p 1 3 4 2 6 12 23 12 23 17 2 17, l 1.4 3 17 2.4 21, l 1.4 21 17 21.6 21, e 20 9.5 24 14, -l
-    0.6 5.5 13.5 21 13.5, e 5 9 11 12.5;
-sofa-legs = p 3 5 11.6 5 11.6 12 3 12, p 12.4 5 21 5 21 12 12.4 12, e 0 8 4.5 13, e 19.5 8 24 13, p 0.5 11 4
-    11 4 17 0.5 17, p 20 11 23.5 11 23.5 17 20 17, p 3 13 21 13 21 17 3 17, l 1 2 17 1 21, l 1 22 17 23 21;
-table-round = e 1 4 23 11, l 1.6 4 9 3 22, l 1.6 20 9 21 22, l 1.4 9 10 9 19, l 1.4 15 10 15 19, -e 4 5 9
-    7.5, -e 13.5 5 19 7.5, -e 9 7.6 15 10;
-table-cloth = p 3 6 21 6 24 16 21 15 18 17 15 15 12 17 9 15 6 17 3 15 0 16, p 3 15 5 15 5 22 3 22, p 19 15
-    21 15 21 22 19 22, -l 0.6 2.4 9 21.6 9;
-table-set = p 0 11 24 11 24 13.5 0 13.5, l 1.8 3 13 2 23, l 1.8 21 13 22 23, p 10.5 6 13.5 6 13 11 11 11, e
-    9.5 1.5 14.5 6.5, p 2.5 9.5 8.5 9.5 7.5 11 3.5 11, p 15.5 9.5 21.5 9.5 20.5 11 16.5 11;
-table-pedestal = p 0 5 24 5 24 8 0 8, p 10.5 8 13.5 8 13 18 11 18, p 12 16 19 22 5 22, -p 12 19 15 22 9 22;
-table-oblique = p 6 4 23 4 18 11 1 11, p 1 11 18 11 18 13 1 13, p 18 11 23 4 23 6 18 13, l 1.7 2 12 2 22, l
-    1.7 17 12 17 22, l 1.7 22 5 22 16, l 1.4 7.5 12 7.5 16;
-pot = icon 4 0 20 15, p 4.5 14 19.5 14 19 17 18 17 16.8 24 7.2 24 6 17 5 17, -l 0.5 5 17.2 19 17.2;
-sheep = icon 5 3 24 17, l 1.8 10 15 10 22, l 1.8 13 15 13 22, l 1.8 18 15 18 22, l 1.8 21 15 21 22, -e 1.4 6
-    9.6 15, e 2 6.5 9 14.5, l 1.3 7 7.5 10 6.5, -e 3.6 9 4.8 10.2;
-ram = icon 0 3 19 17, l 2 3 15 2.5 22, l 2 6 15 6.5 22, l 2 11.5 15 11 22, l 2 15 15 15.5 22, -e 14 4 24 15,
-    p 15 6 20 5 24 11 21 14 17 12, e 13 4 19.5 10.5, -e 14.7 5.7 18 9, e 15.6 6.5 17.4 8.2;
-"""
-
-# class = how often it starts a scene or joins one by chance (VOC2007's image counts, flattened so that none
-# is rare), then what tends to stand beside it.
-_COMPANY_TABLE = """
-aeroplane = 22 aeroplane car person bus;
-bicycle = 18 person person person bicycle car;
-bird = 24 bird bird boat person;
-boat = 20 person boat bird;
-bottle = 18 diningtable bottle person chair;
-bus = 22 car car person bicycle;
-car = 34 car person bus motorbike;
-cat = 28 sofa cat dog chair pottedplant;
-chair = 16 diningtable chair tvmonitor sofa person;
-cow = 21 cow cow person dog;
-diningtable = 13 chair chair chair bottle person pottedplant;
-dog = 25 person person dog sofa sheep cat;
-horse = 20 person person person horse dog;
-motorbike = 18 person person person motorbike car;
-person = 40 bicycle horse motorbike chair bottle car dog boat diningtable person;
-pottedplant = 20 chair sofa diningtable tvmonitor pottedplant;
-sheep = 21 sheep sheep dog person;
-sofa = 18 chair tvmonitor person cat pottedplant;
-train = 23 person person car train;
-tvmonitor = 19 chair sofa person tvmonitor;
-"""
-
-
-def _entries(table: str) -> dict[str, str]:
-    pairs = (entry.partition("=") for entry in table.split(";") if entry.strip())
-    return {name.strip(): value for name, _, value in pairs}
+_TABLES = tomllib.loads(Path(__file__).with_name("scenes.toml").read_text(encoding="utf-8"))
+_TABLE_OF_CLASS = _TABLES["classes"]
 
 
 def _glyphs(words: str) -> list[Glyph]:
-    return [(font, name) for font, _, name in (word.partition(":") for word in words.split())]
+    return [(font, name) for font, name in (word.split(":") for word in words.split())]
 
 
-CLASSES = tuple(_entries(_GLYPH_TABLE))
+CLASSES: tuple[str, ...] = tuple(_TABLE_OF_CLASS)
 """The 20 VOC classes in the official, alphabetical order."""
+TEST_ONLY_GLYPHS = frozenset(glyph for table in _TABLE_OF_CLASS.values() for glyph in _glyphs(table["test_glyphs"]))
 GLYPHS: Mapping[str, list[Glyph]] = {
-    name: _glyphs(words.replace("|", " ")) for name, words in _entries(_GLYPH_TABLE).items()
+    name: _glyphs(table["glyphs"]) + _glyphs(table["test_glyphs"]) for name, table in _TABLE_OF_CLASS.items()
 }
 """Class -> its glyphs, those of the test split included."""
-TEST_ONLY_GLYPHS = frozenset(
-    glyph for words in _entries(_GLYPH_TABLE).values() for glyph in _glyphs(words.partition("|")[2])
-)
-DISTRACTORS = _glyphs(_DISTRACTOR_TABLE)
+DISTRACTORS = _glyphs(_TABLES["distractors"]["glyphs"])
 """Glyphs of no class."""
-_SHAPES = _entries(_SHAPE_TABLE)
-_COMPANY = {name: words.split() for name, words in _entries(_COMPANY_TABLE).items()}
 
 
 @dataclass(frozen=True)
@@ -248,37 +105,31 @@ def write_scenes(root: Path, config: ScenesConfig, progress: Callable[[int, int]
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     devkit, partial = root / "VOCdevkit", root / "VOCdevkit.partial"
+    made_of = {"config": asdict(config), "version": SCENES_VERSION}
     with FileLock(root / ".scenes.lock"):
         if devkit.exists():
-            _check_marker(devkit, config)
+            _check_marker(devkit, made_of)
             return devkit
-        fonts = _fonts_folder()
-        if partial.exists():
-            shutil.rmtree(partial)  # left behind by a killed process
+        fonts = [_font_file(key, ".ttf").name for key in _TABLES["fonts"]]
+        marker = made_of | {"made_with": [f"pillow {PIL.__version__}", *fonts]}
+        shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed process
         try:
             _write_tree(partial / "VOC2007", config, progress)
-            marker = {"config": asdict(config), "version": SCENES_VERSION}
-            made_with = [
-                f"pillow {PIL.__version__}",
-                *(_font_file(fonts, key, ".ttf").name for key in _FONTS),
-            ]
-            (partial / MARKER).write_text(json.dumps(marker | {"made_with": made_with}, indent=2) + "\n")
+            (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
             partial.rename(devkit)
-        except BaseException:
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
     return devkit
 
 
-def _check_marker(devkit: Path, config: ScenesConfig) -> None:
+def _check_marker(devkit: Path, wanted: Mapping[str, object]) -> None:
     try:
         marker = json.loads((devkit / MARKER).read_text())
-        found = {"config": marker["config"], "version": marker["version"]}
+        found = {key: marker[key] for key in wanted}
     except (OSError, ValueError, LookupError, TypeError):
         raise DataError(
             f"{devkit} has no readable {MARKER}, so it is no finished tree of scenes; choose another folder"
         ) from None
-    wanted = {"config": asdict(config), "version": SCENES_VERSION}
     if found != wanted:
         raise DataError(f"{devkit} holds scenes of {found}, wanted {wanted}; choose another folder")
 
@@ -286,16 +137,16 @@ def _check_marker(devkit: Path, config: ScenesConfig) -> None:
 def _write_tree(voc: Path, config: ScenesConfig, progress: Callable[[int, int], None] | None) -> None:
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (voc / folder).mkdir(parents=True)
-    splits = [(SPLITS[0], index) for index in range(config.num_train)]
-    splits += [(SPLITS[1], index) for index in range(config.num_test)]
+    scenes = [("trainval", index) for index in range(config.num_train)]
+    scenes += [("test", index) for index in range(config.num_test)]
     annotations: dict[str, list[Annotation]] = {}
-    for done, (split, index) in enumerate(splits, start=1):
+    for done, (split, index) in enumerate(scenes, start=1):
         image_id = f"{done:06d}"
         image, annotations[image_id] = draw_scene(plan_scene(config, split, index), config.side)
         image.save(voc / "JPEGImages" / f"{image_id}.jpg", quality=90)
         _write_xml(voc / "Annotations" / f"{image_id}.xml", annotations[image_id], config.side)
         if progress is not None:
-            progress(done, len(splits))
+            progress(done, len(scenes))
     ids = list(annotations)
     trainval, test = ids[: config.num_train], ids[config.num_train :]
     shuffled = np.random.default_rng((config.seed, 2)).permutation(trainval).tolist()
@@ -358,29 +209,27 @@ def plan_scene(config: ScenesConfig, split: str, index: int) -> list[SceneObject
     return plan
 
 
-def _choose_glyph(rng: np.random.Generator, name: str, split: str) -> Glyph:
+def _choose_glyph(rng: Random, name: str, split: str) -> Glyph:
     """One glyph of a class, the earlier in the table the likelier; in the test split one in six is a test-only one."""
     unseen = split == "test" and rng.random() < 1 / 6
-    glyphs = [glyph for glyph in GLYPHS[name] if (glyph in TEST_ONLY_GLYPHS) == unseen]
+    glyphs = _glyphs(_TABLE_OF_CLASS[name]["test_glyphs" if unseen else "glyphs"])
     weights = 1 / np.arange(1, len(glyphs) + 1)
     return glyphs[rng.choice(len(glyphs), p=weights / weights.sum())]
 
 
-def _choose_classes(rng: np.random.Generator, num_objects: int) -> list[str]:
-    weights = np.array([float(_COMPANY[name][0]) for name in CLASSES])
+def _choose_classes(rng: Random, num_objects: int) -> list[str]:
+    weights = np.array([float(_TABLE_OF_CLASS[name]["frequency"]) for name in CLASSES])
     names: list[str] = []
     while len(names) < num_objects:
         if names and rng.random() < 0.55:
-            companions = _COMPANY[names[rng.integers(len(names))]][1:]
+            companions = _TABLE_OF_CLASS[names[rng.integers(len(names))]]["company"].split()
             names.append(companions[rng.integers(len(companions))])
         else:
             names.append(CLASSES[rng.choice(len(CLASSES), p=weights / weights.sum())])
     return names
 
 
-def _place(
-    rng: np.random.Generator, name: str | None, glyph: Glyph, extent: float, others: Sequence[SceneObject]
-) -> SceneObject:
+def _place(rng: Random, name: str | None, glyph: Glyph, extent: float, others: Sequence[SceneObject]) -> SceneObject:
     margin = extent * (0.2 if rng.random() < 0.2 else 0.5)  # one in five may leave the image
     places = rng.uniform(margin, 1 - margin, size=(6, 2))
 
@@ -408,25 +257,14 @@ def _place(
 
 @dataclass(frozen=True)
 class _Sprite:
-    """An object's masks, (h, w) in [0, 1], and where their left top corner lies in the image, in pixels."""
+    """An object's masks, (h, w) in [0, 1], the part of the image that they cover, and the part of them inside it."""
 
+    item: SceneObject
     ink: Floats
     alpha: Floats  # the icon with its filled holes and its outline
-    left: int
-    top: int
-
-    @property
-    def solid(self) -> NDArray[np.bool_]:
-        return self.alpha > 0.4
-
-    def windows(self, side: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """The part of the image that the sprite covers, and the part of the sprite inside the image."""
-        top, left = max(self.top, 0), max(self.left, 0)
-        bottom, right = (
-            min(start + length, side) for start, length in zip((self.top, self.left), self.ink.shape, strict=True)
-        )
-        rows, columns = slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left)
-        return (slice(top, bottom), slice(left, right)), (rows, columns)
+    solid: NDArray[np.bool_]
+    window: tuple[slice, ...]
+    inside: tuple[slice, ...]
 
 
 def draw_scene(plan: Sequence[SceneObject], side: int) -> tuple[Image.Image, list[Annotation]]:
@@ -434,50 +272,46 @@ def draw_scene(plan: Sequence[SceneObject], side: int) -> tuple[Image.Image, lis
 
     Objects of which less than a tenth is visible are left out of both. Raises DataError without the fonts.
     """
-    fonts = _fonts_folder()
     rng = np.random.default_rng([item.seed for item in plan])
     canvas = _background(rng, side)
     front = Image.new("L", (side, side))  # in some scenes a few lines pass in front of everything
     for _ in range(rng.integers(1, 4) if rng.random() < 0.3 else 0):
         ends, width = rng.uniform(0, side, 4).tolist(), int(rng.integers(1, max(2, side // 50)))
         ImageDraw.Draw(front).line(ends, fill=255, width=width)
-    layers = [(item, _sprite(item, side, fonts)) for item in plan]
+    sprites = [_sprite(item, side) for item in plan]
     while True:
         owner = np.full((side, side), -1)
-        for i, (_, sprite) in enumerate(layers):
-            window, inside = sprite.windows(side)
-            owner[window][sprite.solid[inside]] = i
+        for i, sprite in enumerate(sprites):
+            owner[sprite.window][sprite.solid[sprite.inside]] = i
         owner[np.asarray(front) > 0] = -1
-        seen = np.bincount(owner.ravel() + 1, minlength=len(layers) + 1)[1:]
-        visible = seen / [max(sprite.solid.sum(), 1) for _, sprite in layers]
-        hidden = [i for i, (item, _) in enumerate(layers) if item.class_name and visible[i] < 0.1]
+        seen = np.bincount(owner.ravel() + 1, minlength=len(sprites) + 1)[1:]
+        visible = (seen / [max(sprite.solid.sum(), 1) for sprite in sprites]).tolist()
+        hidden = [i for i, sprite in enumerate(sprites) if sprite.item.class_name and visible[i] < 0.1]
         if not hidden:
             break
-        del layers[hidden[0]]  # one at a time: it may have been what hid the next
-    for item, sprite in layers:
-        _paint(canvas, sprite, item)
+        del sprites[hidden[0]]  # one at a time: it may have been what hid the next
+    for sprite in sprites:
+        _paint(canvas, sprite)
     canvas += rng.standard_normal((side, side, 1), dtype=np.float32) * np.float32(rng.uniform(0, 9))
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     image.paste(tuple(_colour(rng).astype(int).tolist()), mask=front)
     image = image.filter(ImageFilter.BoxBlur(rng.uniform(0, 0.8) * side / 256))
-    return image, [
-        _annotate(item.class_name, owner == i, float(visible[i]), sprite)
-        for i, (item, sprite) in enumerate(layers)
-        if item.class_name is not None
-    ]
+    found = (_annotate(sprite, owner == i, visible[i]) for i, sprite in enumerate(sprites))
+    return image, [annotation for annotation in found if annotation is not None]
 
 
-def _annotate(name: str, seen: NDArray[np.bool_], visible: float, sprite: _Sprite) -> Annotation:
-    side = len(seen)
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-    box = (int(columns[0]) + 1, int(rows[0]) + 1, int(columns[-1]) + 1, int(rows[-1]) + 1)
-    size = max(box[2] - box[0], box[3] - box[1]) + 1
-    truncated = bool(sprite.solid.sum() > sprite.solid[sprite.windows(side)[1]].sum())
-    return Annotation(name, box, truncated, difficult=bool(size < 0.09 * side or visible < 0.35))
+def _annotate(sprite: _Sprite, seen: NDArray[np.bool_], visible: float) -> Annotation | None:
+    box = Image.fromarray(seen).getbbox()
+    if sprite.item.class_name is None or box is None:
+        return None
+    left, top, right, bottom = box
+    truncated = bool(sprite.solid.sum() > sprite.solid[sprite.inside].sum())
+    difficult = max(right - left, bottom - top) < 0.09 * len(seen) or visible < 0.35
+    return Annotation(sprite.item.class_name, (left + 1, top + 1, right, bottom), truncated, difficult)
 
 
-def _sprite(item: SceneObject, side: int, fonts: Path) -> _Sprite:
-    ink, solid = _icon(fonts, item.glyph)
+def _sprite(item: SceneObject, side: int) -> _Sprite:
+    ink, solid = _icon(item.glyph)
     scale = 2 * item.extent * side / max(ink.size)  # drawn at twice the size, then halved: smooth edges
     width, height = (max(2, round(length * scale)) for length in ink.size)
     cos, sin = math.cos(item.angle), math.sin(item.angle)
@@ -502,24 +336,28 @@ def _sprite(item: SceneObject, side: int, fonts: Path) -> _Sprite:
     whole = warp(solid) if item.filled else drawn
     if item.outlined:
         whole = whole.filter(ImageFilter.MaxFilter(3 if item.extent < 0.25 else 5))
-    left, top = (round(centre * side) + int(start) for centre, start in zip(item.centre, low, strict=True))
-    return _Sprite(_unit(drawn), _unit(whole), left, top)
+    start = (np.round(np.multiply(item.centre, side)).astype(int) + low)[::-1]  # row, column
+    first, last = np.maximum(start, 0), np.minimum(start + size[::-1], side)
+    window, inside = tuple(map(slice, first, last)), tuple(map(slice, first - start, last - start))
+    alpha = _unit(whole)
+    return _Sprite(item, _unit(drawn), alpha, alpha > 0.4, window, inside)
 
 
 def _unit(mask: Image.Image) -> Floats:
     return np.asarray(mask, dtype=np.float32) / np.float32(255)
 
 
-def _paint(canvas: Floats, sprite: _Sprite, item: SceneObject) -> None:
-    rng = np.random.default_rng(item.seed)
-    window, inside = sprite.windows(len(canvas))
-    ink, alpha = sprite.ink[inside], sprite.alpha[inside]
+def _paint(canvas: Floats, sprite: _Sprite) -> None:
+    rng, class_name = np.random.default_rng(sprite.item.seed), sprite.item.class_name
+    ink, alpha = sprite.ink[sprite.inside], sprite.alpha[sprite.inside]
     if not alpha.any():
         return
-    under = canvas[window]
+    under = canvas[sprite.window]
     around = (under * alpha[..., None]).sum((0, 1)) / alpha.sum()
     contrast = rng.uniform(110, 280)  # distance of the colours, 0 to 441: some objects hardly stand out
-    main = _colour_at_distance(rng, around, contrast, _hue(item.class_name))
+    # The hue that objects of a class tend to have, as grass is green and buses are red; none for distractors.
+    hue = None if class_name is None else CLASSES.index(class_name) * 7 % 20 / 20
+    main = _colour_at_distance(rng, around, contrast, hue)
     second = _colour_at_distance(rng, main, rng.uniform(70, 230))
     size = max(sprite.ink.shape)
     light = _ramp(rng, size) * rng.uniform(0, 0.5) + _noise(rng, size, (3, 12)) * rng.uniform(0, 0.15)
@@ -528,41 +366,35 @@ def _paint(canvas: Floats, sprite: _Sprite, item: SceneObject) -> None:
     if rng.random() < 0.4:  # a soft shadow, which is no part of the object
         cover = Image.fromarray((sprite.alpha * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(size / 30))
         shift = max(1, size // 30)
-        shadow = np.roll(_unit(cover), (shift, shift), (0, 1))[inside]
+        shadow = np.roll(_unit(cover), (shift, shift), (0, 1))[sprite.inside]
         under *= 1 - 0.5 * shadow[..., None]
     colour = second + (main - second) * ink[..., None]
-    colour = np.clip(colour * (1 + light[inside][..., None]), 0, 255)
+    colour = np.clip(colour * (1 + light[sprite.inside][..., None]), 0, 255)
     under += (colour - under) * alpha[..., None]
 
 
-def _hue(class_name: str | None) -> float | None:
-    """The hue that objects of a class tend to have, as grass is green and buses are red; none for distractors."""
-    return None if class_name is None else CLASSES.index(class_name) * 7 % 20 / 20
-
-
-def _colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.1, 1.0), hue: float | None = None) -> Floats:
+def _colour(rng: Random, saturation: tuple[float, float] = (0.1, 1.0), hue: float | None = None) -> Floats:
     drawn = rng.random() if hue is None else rng.normal(hue, 0.02) % 1
     hsv = drawn, rng.uniform(*saturation), rng.uniform(0.1 if hue is None else 0.4, 1.0)
     return np.array(colorsys.hsv_to_rgb(*hsv), dtype=np.float32) * np.float32(255)
 
 
-def _colour_at_distance(rng: np.random.Generator, other: Floats, distance: float, hue: float | None = None) -> Floats:
+def _colour_at_distance(rng: Random, other: Floats, distance: float, hue: float | None = None) -> Floats:
     """Of a few colours, the one whose distance from the other is closest to the wanted one; of the hue, if given."""
     saturation = (0.1, 1.0) if hue is None else (0.6, 1.0)
     colours = [_colour(rng, saturation, hue) for _ in range(6)]
     return min(colours, key=lambda colour: abs(float(np.linalg.norm(colour - other)) - distance))
 
 
-def _ramp(rng: np.random.Generator, size: int) -> Floats:
+def _ramp(rng: Random, size: int) -> Floats:
     """(size, size) values in [-1, 1] that rise in a random direction."""
     angle = rng.uniform(0, 2 * math.pi)
     line = np.linspace(-1, 1, size, dtype=np.float32)
     ramp: Floats = line[:, None] * math.sin(angle) + line[None] * math.cos(angle)
-    ramp /= np.abs(ramp).max()
-    return ramp
+    return ramp / np.abs(ramp).max()
 
 
-def _noise(rng: np.random.Generator, size: int, cells: Sequence[int]) -> Floats:
+def _noise(rng: Random, size: int, cells: Sequence[int]) -> Floats:
     """(size, size) smooth noise: a sum of random grids of these numbers of cells, the finer the weaker."""
     total = np.zeros((size, size), dtype=np.float32)
     for octave, cell in enumerate(cells):
@@ -571,7 +403,7 @@ def _noise(rng: np.random.Generator, size: int, cells: Sequence[int]) -> Floats:
     return total
 
 
-def _background(rng: np.random.Generator, side: int) -> Floats:
+def _background(rng: Random, side: int) -> Floats:
     """(side, side, 3) values from 0 to 255: a gradient, noise and half-transparent shapes."""
     first, second = _colour(rng, (0.0, 0.3)), _colour(rng, (0.0, 0.3))
     half = side // 2  # smooth enough to be enlarged, and four times as quick
@@ -597,7 +429,7 @@ def _background(rng: np.random.Generator, side: int) -> Floats:
     return np.array(image, dtype=np.float32)
 
 
-def _fonts_folder() -> Path:
+def _font_file(key: str, suffix: str) -> Path:
     # find_spec locates the package without importing it, which would need Qt.
     spec = importlib.util.find_spec("qtawesome")
     if spec is None or not spec.submodule_search_locations:
@@ -605,65 +437,56 @@ def _fonts_folder() -> Path:
             "scenes are drawn with the icon fonts of the package qtawesome, which is not installed; "
             "pip install qtawesome (or pip install 'mcar-lib[bundled]')"
         )
-    return Path(spec.submodule_search_locations[0]) / "fonts"
-
-
-def _font_file(fonts: Path, key: str, suffix: str) -> Path:
-    middle = "-charmap-" if suffix == ".json" else "-"
-    files = sorted(fonts.glob(f"{_FONTS[key]}{middle}[0-9]*{suffix}"))
+    fonts, name = Path(spec.submodule_search_locations[0]) / "fonts", _TABLES["fonts"][key]
+    files = sorted(fonts.glob(f"{name}{'-charmap-' if suffix == '.json' else '-'}[0-9]*{suffix}"))
     if not files:
-        raise DataError(f"{fonts} has no {_FONTS[key]}*{suffix}; pip install 'qtawesome>=1.4'")
+        raise DataError(f"{fonts} has no {name}*{suffix}; pip install 'qtawesome>=1.4'")
     return files[-1]
 
 
 @cache
-def _charmap(fonts: Path, key: str) -> dict[str, str]:
-    charmap: dict[str, str] = json.loads(_font_file(fonts, key, ".json").read_text())
-    return charmap
+def _font(key: str) -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
+    """A font, and the code of each of its icons by name."""
+    font = ImageFont.truetype(_font_file(key, ".ttf"), 320, layout_engine=ImageFont.Layout.BASIC)
+    return font, json.loads(_font_file(key, ".json").read_text())
 
 
 @cache
-def _font(fonts: Path, key: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_font_file(fonts, key, ".ttf"), 320, layout_engine=ImageFont.Layout.BASIC)
-
-
-@cache
-def _icon(fonts: Path, glyph: Glyph) -> tuple[Image.Image, Image.Image]:
+def _icon(glyph: Glyph) -> tuple[Image.Image, Image.Image]:
     """Tight masks of a glyph, about 300 pixels long: its ink, and its ink with the closed holes filled."""
-    font, name = glyph
-    name, _, part = name.partition("+")
-    if font == "drawn":
-        ink = _draw_shapes(_SHAPES[name])
+    key, (name, _, part) = glyph[0], glyph[1].partition("+")
+    if key == "drawn":
+        ink = _draw_shapes(name)
     else:
-        code = _charmap(fonts, font).get(name)
-        if code is None:
-            raise DataError(f"qtawesome's font {font} has no icon {name!r}; pip install 'qtawesome>=1.4'")
+        font, codes = _font(key)
+        if name not in codes:
+            raise DataError(f"qtawesome's font {key} has no icon {name!r}; pip install 'qtawesome>=1.4'")
         ink = Image.new("L", (512, 512))
-        letter = chr(int(code, 16))
-        ImageDraw.Draw(ink).text((256, 256), letter, font=_font(fonts, font), fill=255, anchor="mm")
+        ImageDraw.Draw(ink).text((256, 256), chr(int(codes[name], 16)), font=font, fill=255, anchor="mm")
     if part:
-        ink = _draw_shapes(_SHAPES[part], ink.crop(ink.getbbox()))
+        ink = _draw_shapes(part, ink.crop(ink.getbbox()))
     ink = ink.crop(ink.getbbox())
     return ink, _fill_holes(ink)
 
 
-def _draw_shapes(shapes: str, icon: Image.Image | None = None) -> Image.Image:
+def _draw_shapes(name: str, icon: Image.Image | None = None) -> Image.Image:
     mask = Image.new("L", (384, 384))
     pen = ImageDraw.Draw(mask)
-    for shape in shapes.split(","):
+    for shape in _TABLES["shapes"][name].split(","):
         kind, *numbers = shape.split()
         fill = 0 if kind.startswith("-") else 255
         values = [16 * float(number) for number in numbers]
-        if kind.endswith("e"):
-            pen.ellipse(values, fill=fill)
-        elif kind.endswith("p"):
-            pen.polygon(values, fill=fill)
-        elif kind.endswith("l"):
-            pen.line(values[1:], fill=fill, width=round(values[0]), joint="curve")
-        elif icon is not None:  # as large as the box allows, on its lower edge
-            x0, y0, x1, y1 = values
-            fitted = ImageOps.contain(icon, (round(x1 - x0), round(y1 - y0)))
-            mask.paste(fitted, (round((x0 + x1 - fitted.width) / 2), round(y1) - fitted.height))
+        match kind.removeprefix("-"):
+            case "e":
+                pen.ellipse(values, fill=fill)
+            case "p":
+                pen.polygon(values, fill=fill)
+            case "l":
+                pen.line(values[1:], fill=fill, width=round(values[0]), joint="curve")
+            case "icon" if icon is not None:  # as large as the box allows, on its lower edge
+                x0, y0, x1, y1 = values
+                fitted = ImageOps.contain(icon, (round(x1 - x0), round(y1 - y0)))
+                mask.paste(fitted, (round((x0 + x1 - fitted.width) / 2), round(y1) - fitted.height))
     return mask
 
 

@@ -2,18 +2,18 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.preparation import Problems
 from mcar_lib.errors import DataError
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     number: int
     path: str
     labels: tuple[str, ...]
@@ -35,16 +35,20 @@ def load_table(
     """
     csv_path = Path(csv_path)
     problems = Problems(str(csv_path))
-    rows = _read_rows(csv_path, need_split=split is not None, problems=problems)
+    columns = ("path", "labels") if split is None else ("path", "labels", "split")
+    rows = _read_rows(csv_path, columns, problems)
     names = tuple(sorted({label for row in rows for label in row.labels}) if classes is None else classes)
     chosen = [row for row in rows if split is None or row.split == split]
-    _check_rows(chosen, names, split, sorted({row.split for row in rows}), problems)
+    if not chosen:
+        there = ", ".join(name or "(empty)" for name in sorted({row.split for row in rows})) or "none"
+        which = "no images" if split is None else f"no images of the split {split!r}"
+        problems.add(f"{which}; splits found: {there}")
+    if len(set(names)) != len(names):
+        problems.add("the list of classes names one class twice")
+    if not names:
+        problems.add("no labels at all")
+    targets = _targets(chosen, names, problems)
     problems.raise_if_any()
-    column = {name: number for number, name in enumerate(names)}
-    targets = torch.zeros((len(chosen), len(names)), dtype=torch.int8)
-    for position, row in enumerate(chosen):
-        for label in row.labels:
-            targets[position, column[label]] = 1
     folder = csv_path.parent if image_root is None else Path(image_root)
     return ImageSet(
         name="table",
@@ -57,7 +61,7 @@ def load_table(
     )
 
 
-def _read_rows(path: Path, need_split: bool, problems: Problems) -> list[_Row]:
+def _read_rows(path: Path, columns: tuple[str, ...], problems: Problems) -> list[_Row]:
     if not path.is_file():
         raise DataError(
             f"{path}: no such table. Expected a CSV file with the columns path, labels and split. "
@@ -67,20 +71,16 @@ def _read_rows(path: Path, need_split: bool, problems: Problems) -> list[_Row]:
         # -sig: spreadsheets write a byte order mark
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            _require_columns(path, reader.fieldnames or (), need_split)
+            first_line = reader.fieldnames or ()
+            if missing := [name for name in columns if name not in first_line]:
+                raise DataError(
+                    f"{path}: no column {', '.join(missing)}; the first line must name the columns "
+                    f"{','.join(columns)} and it reads {','.join(first_line) or '(nothing)'}"
+                )
             rows = [_read_row(fields, reader.line_num, problems) for fields in reader]
             return [row for row in rows if row is not None]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read this table as a CSV file in UTF-8 ({error})") from error
-
-
-def _require_columns(path: Path, found: Sequence[str], need_split: bool) -> None:
-    missing = [name for name in ("path", "labels", *(("split",) if need_split else ())) if name not in found]
-    if missing:
-        raise DataError(
-            f"{path}: no column {', '.join(missing)}; the first line must name the columns "
-            f"path,labels{',split' if need_split else ''} and it reads {','.join(found) or '(nothing)'}"
-        )
 
 
 def _read_row(fields: dict[str, str | None], number: int, problems: Problems) -> _Row | None:
@@ -97,21 +97,15 @@ def _read_row(fields: dict[str, str | None], number: int, problems: Problems) ->
     return None
 
 
-def _check_rows(
-    rows: list[_Row], classes: tuple[str, ...], split: str | None, splits: list[str], problems: Problems
-) -> None:
-    if not rows:
-        there = ", ".join(name or "(empty)" for name in splits) or "none"
-        which = "no images" if split is None else f"no images of the split {split!r}"
-        problems.add(f"{which}; splits found: {there}")
-    if len(set(classes)) != len(classes):
-        problems.add("the list of classes names one class twice")
-    if not classes:
-        problems.add("no labels at all")
+def _targets(rows: list[_Row], classes: tuple[str, ...], problems: Problems) -> Tensor:
+    targets = torch.zeros((len(rows), len(classes)), dtype=torch.int8)
     first: dict[str, int] = {}
-    for row in rows:
+    for position, row in enumerate(rows):
         if first.setdefault(row.path, row.number) != row.number:
             problems.add(f"row {row.number}: {row.path} is already listed in row {first[row.path]}")
         for label in row.labels:
-            if label not in classes:
+            if label in classes:
+                targets[position, classes.index(label)] = 1
+            else:
                 problems.add(f"row {row.number}: unknown class {label!r}; classes: {', '.join(classes)}")
+    return targets

@@ -1,9 +1,7 @@
 """From a stored photo to the network input, as in the release: square resize, flip, jitter."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,10 +9,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from mcar_lib.data.image_set import ImageSet
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
+from mcar_lib.data.image_set import ImageSet, read_in_threads
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:
@@ -81,7 +77,9 @@ class ResizedImages(Dataset[Tensor]):
         self.size = size
         self.kept: Tensor | None = None
         if len(image_set) * 3 * size * size <= memory_limit_bytes:
-            self.kept = self._read_all(progress)
+            self.kept = torch.empty((len(image_set), 3, size, size), dtype=torch.uint8)
+            for index, square in enumerate(read_in_threads(self._read, len(image_set), progress)):
+                self.kept[index] = square
 
     def __len__(self) -> int:
         return len(self.image_set)
@@ -91,13 +89,3 @@ class ResizedImages(Dataset[Tensor]):
 
     def _read(self, index: int) -> Tensor:
         return resize_square(self.image_set.image(index), self.size)
-
-    def _read_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
-        total = len(self)
-        squares = torch.empty((total, 3, self.size, self.size), dtype=torch.uint8)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for index, square in enumerate(pool.map(self._read, range(total))):
-                squares[index] = square
-                if progress is not None:
-                    progress(index + 1, total)
-        return squares

@@ -7,64 +7,44 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from mcar_lib.data.preparation import Problems
 from mcar_lib.errors import DataError
-from mcar_lib.progress import Progress
+from mcar_lib.progress import say
 
-COPY_BYTES = 1 << 20
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 # What a damaged or encrypted archive makes the two libraries raise.
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 # A split is there when its list is: lists are moved into place after the photos that they name.
 LISTS = ("ImageSets", "annotations")
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One regular file of an archive: its path below the root, its size in bytes, and how it is opened."""
-
-    path: PurePosixPath
-    size: int
-    open: Callable[[], IO[bytes]]
-
-
-def unpack(archive: Path, root: Path, verbose: bool = True) -> int:
+def unpack(archive: Path, root: Path) -> int:
     """Unpack a .zip or .tar (also compressed) into the existing folder root; returns the number of files in it.
 
     Every member's name and kind is looked at before the first byte is written. Files are made in a neighbour
     folder of root's entries and renamed into place at the end. Raises DataError, and leaves root as it was, for
-    an absolute path, a "..", a link or a device, a damaged archive (zip: by the CRC of each file), a disk that
-    is too small, and a file that is there already with other content.
+    an absolute path, a "..", a link or a device, a damaged archive (zip: by the CRC of each file), a full disk,
+    and a file that is there already with other content.
     """
-    made = root / f".unpacking-{archive.name}"
+    made, title = root / f".unpacking-{archive.name}", f"unpacking {archive.name}"
+    say(title)
     try:
-        _remove(made)  # what a killed run left
-        with _open_members(archive) as members:
-            require_space(root, sum(member.size for member in members), f"unpacking {archive.name}")
-            _write_members(members, made, f"unpacking {archive.name}" if verbose else "")
-        _refuse_to_overwrite(made, root, archive.name)
-        for entry in _lists_last(made):
-            _move(entry, root / entry.name)
-        return len(members)
+        with full_disk_is_told(root, title):
+            shutil.rmtree(made, ignore_errors=True)  # what a killed run left
+            made.mkdir()
+            count = _extract(archive, made)
+            _refuse_to_overwrite(made, root, title)
+            _move(made, root)
+        return count
     except DAMAGED as error:
         raise DataError(f"{archive}: damaged or not an archive ({error}); delete it and fetch it again") from error
     except OSError as error:
-        if error.errno in DISK_FULL:
-            free = shutil.disk_usage(root).free
-            raise DataError(
-                f"{root}: the disk is full while unpacking {archive.name} (free: {free:,} bytes). The archive stays; "
-                "make room and give the same command again"
-            ) from error
         raise DataError(f"{archive}: cannot be unpacked into {root} ({error})") from error
     finally:
-        _remove(made)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
@@ -78,62 +58,51 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
 
 
 @contextmanager
-def _open_members(archive: Path) -> Iterator[list[_Member]]:
-    """The regular files of an archive; folders come into being with them."""
+def full_disk_is_told(folder: Path, doing: str) -> Iterator[None]:
+    """Makes a DataError that says what to do of the system's error for a full disk or a quota that is used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"{folder}: the disk is full while {doing} (free: {shutil.disk_usage(folder).free:,} bytes). What was "
+            "fetched stays; make room and give the same command again: it goes on from there"
+        ) from error
+
+
+def _extract(archive: Path, folder: Path) -> int:
+    """Writes the files of an archive, all of which are safe; folders come into being with them."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
-            yield [_zip_member(zipped, info, archive) for info in zipped.infolist() if not info.is_dir()]
-    else:
-        with tarfile.open(archive) as tar:
-            yield [_tar_member(tar, info, archive) for info in tar.getmembers() if not info.isdir()]
-
-
-def _zip_member(zipped: zipfile.ZipFile, info: zipfile.ZipInfo, archive: Path) -> _Member:
-    kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
-    if kind not in (0, stat.S_IFREG):
-        raise _refusal(archive, info.filename, "is a link or a device")
-    return _Member(_checked_path(info.filename, archive), info.file_size, partial(zipped.open, info))
-
-
-def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: Path) -> _Member:
-    if not info.isreg():
-        raise _refusal(archive, info.name, "is a link or a device")
-
-    def open_member() -> IO[bytes]:
-        opened = tar.extractfile(info)
-        assert opened is not None  # only what is no file has no content
-        return opened
-
-    return _Member(_checked_path(info.name, archive), info.size, open_member)
-
-
-def _checked_path(name: str, archive: Path) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
-        raise _refusal(archive, name, "would land outside the data root")
-    return path
-
-
-def _refusal(archive: Path, name: str, reason: str) -> DataError:
-    return DataError(
-        f"{archive}: the member {name!r} {reason}, so this is not the published archive; nothing was unpacked. "
-        "Delete it and fetch it again"
-    )
-
-
-def _write_members(members: Sequence[_Member], folder: Path, title: str) -> None:
-    folder.mkdir()
-    with Progress(title, len(members), unit="files", enabled=bool(title)) as progress:
+            infos = [info for info in zipped.infolist() if not info.is_dir()]
+            for info in infos:
+                kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
+                _refuse_unsafe(info.filename, kind in (0, stat.S_IFREG), archive)
+            zipped.extractall(folder, infos)
+            return len(infos)
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar if not member.isdir()]
         for member in members:
-            target = folder / member.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with member.open() as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, COPY_BYTES)
-            progress.advance()
+            _refuse_unsafe(member.name, member.isreg(), archive)
+        tar.extractall(folder, members, filter="data")
+        return len(members)
 
 
-def _refuse_to_overwrite(made: Path, root: Path, name: str) -> None:
-    problems = Problems(f"unpacking {name} into {root}")
+def _refuse_unsafe(name: str, is_file: bool, archive: Path) -> None:
+    """Stricter than the two libraries, which make a safe path of an absolute one and let links within pass."""
+    path = PurePosixPath(name)
+    leaves = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts
+    if leaves or not is_file:
+        reason = "would land outside the data root" if leaves else "is a link or a device"
+        raise DataError(
+            f"{archive}: the member {name!r} {reason}, so this is not the published archive; nothing was unpacked. "
+            "Delete it and fetch it again"
+        )
+
+
+def _refuse_to_overwrite(made: Path, root: Path, title: str) -> None:
+    problems = Problems(f"{title} into {root}")
     for path in sorted(made.rglob("*")):
         there = root / path.relative_to(made)
         if path.is_file() and there.exists() and not (there.is_file() and filecmp.cmp(path, there, shallow=False)):
@@ -144,16 +113,7 @@ def _refuse_to_overwrite(made: Path, root: Path, name: str) -> None:
 def _move(source: Path, target: Path) -> None:
     """Renames what is not there yet, whole folders where that is possible; equal files are replaced by equal ones."""
     if source.is_dir() and target.is_dir():
-        for entry in _lists_last(source):
+        for entry in sorted(source.iterdir(), key=lambda path: (path.name in LISTS, path.name)):
             _move(entry, target / entry.name)
     else:
         source.replace(target)
-
-
-def _lists_last(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda path: (path.name in LISTS, path.name))
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

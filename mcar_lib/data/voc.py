@@ -49,28 +49,29 @@ def load_voc(
     XML file is read and targets are all 0: VOC2012 test, which is scored by the PASCAL server. Raises one DataError
     that lists everything wrong with the label files; images and XML files are checked by `prepare`.
     """
+    name, classes = name or f"VOC{year}", tuple(classes)
     folder = find_voc_folder(Path(root), year)
     lists = folder / "ImageSets" / "Main"
     _require_lists(lists, split, year, labelled)
-    problems = Problems(f"{name or 'VOC' + year} {split}")
+    problems = Problems(f"{name} {split}")
     ids = _read_ids(lists / f"{split}.txt", problems)
+    targets = torch.zeros((len(ids), len(classes)), dtype=torch.int8)
     if labelled:
-        targets = _read_targets(lists, split, tuple(classes), ids, problems)
-    else:
-        targets = torch.zeros((len(ids), len(classes)), dtype=torch.int8)
+        _fill_targets(targets, lists, split, classes, ids, problems)
     problems.raise_if_any()
-    annotations = tuple(folder / "Annotations" / f"{image_id}.xml" for image_id in ids)
-    has_boxes = labelled and (folder / "Annotations").is_dir()
+    annotations: tuple[Path, ...] = ()
+    if labelled and (folder / "Annotations").is_dir():
+        annotations = tuple(folder / "Annotations" / f"{image_id}.xml" for image_id in ids)
     return ImageSet(
-        name=name or f"VOC{year}",
+        name=name,
         split=split,
-        classes=tuple(classes),
+        classes=classes,
         ids=ids,
         paths=tuple(folder / "JPEGImages" / f"{image_id}.jpg" for image_id in ids),
         targets=targets,
-        read_boxes=partial(_read_boxes, annotations, tuple(classes)) if has_boxes else None,
-        official_size=(VOC_OFFICIAL_SIZES.get((year, split)) if official_size == "published" else official_size),
-        annotation_files=annotations if has_boxes else (),
+        read_boxes=partial(_read_boxes, annotations, classes) if annotations else None,
+        official_size=VOC_OFFICIAL_SIZES.get((year, split)) if official_size == "published" else official_size,
+        annotation_files=annotations,
         labelled=labelled,
     )
 
@@ -117,15 +118,14 @@ def _read_ids(path: Path, problems: Problems) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def _read_targets(
-    lists: Path, split: str, classes: tuple[str, ...], ids: tuple[str, ...], problems: Problems
-) -> Tensor:
+def _fill_targets(
+    targets: Tensor, lists: Path, split: str, classes: tuple[str, ...], ids: tuple[str, ...], problems: Problems
+) -> None:
     ending = f"_{split}.txt"
     for path in sorted(lists.glob(f"*{ending}")):
         if path.name.removesuffix(ending) not in classes:
             problems.add(f"{path}: labels of a class that is not among the {len(classes)} classes")
     position = {image_id: row for row, image_id in enumerate(ids)}
-    targets = torch.zeros((len(ids), len(classes)), dtype=torch.int8)
     for column, name in enumerate(classes):
         path = lists / (name + ending)
         if not path.is_file():
@@ -133,7 +133,6 @@ def _read_targets(
             continue
         for row, target in _read_labels(path, position, problems).items():
             targets[row, column] = target
-    return targets
 
 
 def _read_labels(path: Path, position: dict[str, int], problems: Problems) -> dict[int, int]:
@@ -174,18 +173,14 @@ def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], index: 
         raise DataError(
             f"{path}: cannot read the annotation ({error}); put it there, or fetch the data again"
         ) from error
-    corners, numbers, difficult = [], [], []
-    for item in objects:
-        name = (item.findtext("name") or "").strip()
+    names = [(item.findtext("name") or "").strip() for item in objects]
+    for name in names:
         if name not in classes:
             raise DataError(f"{path}: object of the unknown class {name!r}")
-        corners.append(_read_corners(item, path))
-        numbers.append(classes.index(name))
-        difficult.append((item.findtext("difficult") or "0").strip() == "1")
-    return Boxes(
-        torch.tensor(corners, dtype=torch.int64).reshape(-1, 4),
-        torch.tensor(numbers, dtype=torch.int64),
-        torch.tensor(difficult, dtype=torch.bool),
+    return Boxes.of(
+        [_read_corners(item, path) for item in objects],
+        [classes.index(name) for name in names],
+        [(item.findtext("difficult") or "0").strip() == "1" for item in objects],
     )
 
 

@@ -1,1 +1,1 @@
-"""The profiles: one TOML file each, read by mcar_lib.experiment.load_profile."""
+"""The profiles: one TOML file each, read by mcar_lib.runs.load_profile."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mcar_lib import processes
+from mcar_lib.training import processes
 
 
 def peak_memory() -> int:
@@ -35,7 +35,7 @@ def describe_environment(threads: int = 0) -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": processes.num_processes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

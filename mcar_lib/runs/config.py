@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mcar_lib import backbones
 from mcar_lib.data import DATA_SETS
-from mcar_lib.errors import ConfigError
-from mcar_lib.model import check_image_size
-from mcar_lib.recipe import Recipe
+from mcar_lib.errors import ConfigError, NotInProfileError
+from mcar_lib.model import Pooling, check_image_size
+from mcar_lib.regions import Selection, check_threshold
+from mcar_lib.training import Recipe
 
+BASELINE, METHOD = "global baseline", "MCAR"
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -24,11 +26,11 @@ class RunConfig(Recipe):
     data_options: dict[str, int | str] = Field(default_factory=dict)
     backbone: str = "mobilenet_v2"
     weights: str = "imagenet"
-    pooling: Literal["avg", "max", "gwp"] = "avg"
+    pooling: Pooling = "avg"
     image_size: int = 448
     num_regions: Annotated[int, Field(ge=1)] = 4
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    selection: Literal["top", "bottom", "random"] = "top"
+    threshold: float = 0.5
+    selection: Selection = "top"
     local_stream: bool = True
 
     @field_validator("dataset")
@@ -51,9 +53,20 @@ class RunConfig(Recipe):
         check_image_size((size,))
         return size
 
+    @field_validator("threshold")
+    @classmethod
+    def _inside_the_range_of_marginals(cls, threshold: float) -> float:
+        check_threshold(threshold)
+        return threshold
+
     def vary(self, **changes: object) -> "RunConfig":
         """A copy with some values changed, checked like any other."""
         return make_config({**self.model_dump(mode="json"), **changes})
+
+    @property
+    def model(self) -> str:
+        """Which of the two models that the main comparison holds against each other."""
+        return METHOD if self.local_stream else BASELINE
 
     @property
     def label(self) -> str:
@@ -133,6 +146,17 @@ class Profile(BaseModel):
                 raise ValueError(f"rows.{name}: {error}") from error
         return self
 
+    def base(self, axis: AxisName) -> RunConfig:
+        """The run that an axis of the ablations varies; raises NotInProfileError where the profile has none."""
+        return self.run.vary(**self.axis(axis).change)
+
+    def axis(self, name: AxisName) -> Axis:
+        """The values of an axis of the ablations; raises NotInProfileError where the profile has none."""
+        if name not in self.ablations:
+            there = ", ".join(self.ablations) or "none"
+            raise NotInProfileError(f"profile {self.name} has no [ablations] for {name}; it has {there}")
+        return self.ablations[name]
+
     def row(self, name: str) -> RunConfig:
         """The run of a row; raises ConfigError for a name that is none."""
         if name not in self.rows:
@@ -150,7 +174,7 @@ def load_profile(name_or_path: str) -> Profile:
 
     Raises ConfigError for an unknown name, broken TOML, an unknown key or a value of the wrong type or range.
     """
-    folder = Path(__file__).parent / "profiles"
+    folder = Path(__file__).parent.parent / "profiles"
     path = Path(name_or_path) if name_or_path.endswith(".toml") else folder / f"{name_or_path}.toml"
     if not path.is_file():
         names = ", ".join(sorted(known.stem for known in folder.glob("*.toml")))

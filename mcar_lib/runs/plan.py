@@ -13,21 +13,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcar_lib.backbones import build_backbone
-from mcar_lib.config import Profile, RunConfig
 from mcar_lib.data.published import PUBLISHED
 from mcar_lib.errors import ConfigError
-from mcar_lib.experiment import main_grid, project_root
+from mcar_lib.files import project_root
+from mcar_lib.runs.config import Profile, RunConfig
 
 BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
 NUM_CLASSES = {"coco2014": 80}  # the others have VOC's 20
+Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run and its cost. published: mAP in percent of the paper's row, None where there is none.
+    """One run and its cost. published: mAP in percent for its data set, backbone and input size, None if there is none.
 
-    macs_per_image: multiply-accumulates of one forward pass of both streams. macs: of the whole run, training (a
-    backward pass counted as two forward passes) and a test after every epoch.
+    macs_per_image: multiply-accumulates of one forward pass of both streams.
     """
 
     name: str
@@ -45,13 +45,9 @@ class PlannedRun:
 
     @property
     def macs(self) -> int:
-        passes = (1 + BACKWARD) * self.train_images + (self.test_images if self.is_scored else 0)
-        return self.config.epochs * passes * self.macs_per_image
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether there is a test after every epoch: the labels of VOC 2012 test are not public."""
-        return self.config.dataset != "voc2012"
+        """Of the whole run: training, and a test after every epoch where test labels are public (not VOC 2012's)."""
+        tested = 0 if self.config.dataset == "voc2012" else self.test_images
+        return self.config.epochs * ((1 + BACKWARD) * self.train_images + tested) * self.macs_per_image
 
     def hours(self, throughput: Mapping[str, float]) -> float | None:
         """Hours on a device of this speed, in 10^12 multiply-accumulates a second by backbone ("" for all others);
@@ -59,30 +55,36 @@ class PlannedRun:
         speed = throughput.get(self.config.backbone, throughput.get(""))
         return None if speed is None else self.macs / (speed * 1e12) / 3600
 
+    def cells(self, throughput: Mapping[str, float]) -> dict[str, object]:
+        """The run as a row of a table; hours only where there is a throughput."""
+        return {
+            "run": self.name,
+            "published mAP %": self.published,
+            "training images": f"{self.train_images:,}",
+            "test images": f"{self.test_images:,}",
+            "steps": f"{self.steps:,}",
+            "GMACs an image": self.macs_per_image / 1e9,
+            "EMACs in all": f"{self.macs / 1e18:.3f}",
+            **({"hours": self.hours(throughput)} if throughput else {}),
+        }
+
 
 def plan(profile: Profile) -> list[PlannedRun]:
     """The rows of a profile in the order of the published table, or its main comparison where it has no rows.
 
     Raises ConfigError for a data set whose size is not known beforehand (one's own images).
     """
+    if profile.rows:
+        runs = [(name, profile.row(name), f"--row {name} --data-root DIR") for name in profile.rows]
+    else:
+        both = [profile.run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]
+        options = "--set local_stream={} --set seed={}"
+        runs = [(each.label, each, options.format(str(each.local_stream).lower(), each.seed)) for each in both]
     published = published_map()
-    if not profile.rows:
-        return [
-            _planned(config.label, config, None, f"mcar reproduce --profile {profile.name} --only 03")
-            for group in main_grid(profile).values()
-            for config in group
-        ]
-    configs = {name: profile.row(name) for name in profile.rows}
     order = {key: place for place, key in enumerate(published)}
-    names = sorted(configs, key=lambda name: order.get(key_of(configs[name]), len(order)))
     return [
-        _planned(
-            name,
-            configs[name],
-            published.get(key_of(configs[name])),
-            f"mcar train --profile {profile.name} --row {name} --data-root DIR",
-        )
-        for name in names
+        _planned(name, config, published.get(key_of(config)), f"mcar train --profile {profile.name} {options}")
+        for name, config, options in sorted(runs, key=lambda run: order.get(key_of(run[1]), len(order)))
     ]
 
 
@@ -100,19 +102,16 @@ def parse_throughput(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def key_of(config: RunConfig) -> tuple[str, str, int]:
+def key_of(config: RunConfig) -> Key:
     """What tells the published figures apart: data set, backbone and input size."""
     return config.dataset, config.backbone, config.image_size
 
 
-def published_map() -> dict[tuple[str, str, int], float]:
+def published_map() -> dict[Key, float]:
     """The published mAP in percent by data set, backbone and input size (results/published/map.csv)."""
-    path = project_root() / "results" / "published" / "map.csv"
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = [
-            (row["dataset"], row["backbone"], int(row["image_size"]), row["percent"]) for row in csv.DictReader(stream)
-        ]
-    return {(dataset, backbone, size): float(percent) for dataset, backbone, size, percent in rows}
+    with (project_root() / "results" / "published" / "map.csv").open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream)
+        return {(row["dataset"], row["backbone"], int(row["image_size"])): float(row["percent"]) for row in rows}
 
 
 def _planned(name: str, config: RunConfig, published: float | None, command: str) -> PlannedRun:

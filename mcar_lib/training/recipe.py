@@ -3,7 +3,8 @@
 Every random number is derived from (seed, epoch, image), never from how a run was started, stopped or resumed.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
 from mcar_lib.data.transforms import ResizedImages, augment, normalise, sample_generator
-from mcar_lib.errors import TrainingError
-from mcar_lib.model import MCAR, Output, mcar_loss
+from mcar_lib.errors import ConfigError, TrainingError
+from mcar_lib.model import MCAR, Output, fuse, mcar_loss
+from mcar_lib.training import processes
 
 Positive = Annotated[float, Field(gt=0)]
-MeanStd = tuple[Sequence[float], Sequence[float]]
 
 # Streams of random numbers that do not belong to one image take indices that no image has.
 ORDER, EPOCH, EVALUATION, INITIALISATION = -1, -2, -3, -4
@@ -75,11 +76,16 @@ def build_optimizer(model: MCAR, recipe: Recipe) -> torch.optim.SGD:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
-    """A schedule that is stepped after every batch."""
+    """A schedule that is stepped after every batch; raises ConfigError on a one-cycle warm-up of a single step."""
     if recipe.schedule == "step":
         return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in recipe.milestones], recipe.gamma)
     peaks = [group["lr"] for group in optimizer.param_groups]
     total = recipe.epochs * steps_per_epoch
+    if math.isclose(recipe.warmup * total, 1):  # torch would divide by zero
+        raise ConfigError(
+            f"warmup {recipe.warmup:g} of {total} steps is a single step, which a one-cycle schedule cannot have; "
+            "change warmup, epochs or batch_size"
+        )
     return OneCycleLR(optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=False)
 
 
@@ -116,16 +122,20 @@ class EpochOrder(Sampler[int]):
 
 
 def seed_everything(model: MCAR, seed: int, epoch: int, stream: int) -> None:
-    """Seeds what draws from a global stream (dropout, random region selection) at the start of an epoch or test."""
-    number = sample_generator(seed, epoch, stream).initial_seed()
+    """Seeds what draws from a global stream (dropout, random region selection) at the start of an epoch or test.
+
+    No two processes draw the same numbers: each has its own streams, of which INITIALISATION is the last.
+    """
+    number = sample_generator(seed, epoch, stream + INITIALISATION * processes.rank()).initial_seed()
     torch.manual_seed(number)
     if model.generator is not None:
         model.generator.manual_seed(number)
 
 
-def network_input(images: Tensor, device: torch.device, mean_std: MeanStd) -> Tensor:
-    """uint8 (B, 3, S, S) on any device -> normalised float32 in channels_last on the model's device."""
-    return normalise(images.to(device), *mean_std).contiguous(memory_format=torch.channels_last)
+def network_input(model: MCAR, images: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) on any device -> float32 in channels_last on the model's device, normalised as it wants."""
+    images = images.to(model.convclass.weight.device)
+    return normalise(images, model.mean, model.std).contiguous(memory_format=torch.channels_last)
 
 
 class StepLoss(NamedTuple):
@@ -134,11 +144,8 @@ class StepLoss(NamedTuple):
 
 
 def forward_in_groups(model: nn.Module, images: Tensor, size: int) -> Output:
-    """The model's output for a batch, each group of `size` images on its own batch statistics; 0 is one group."""
-    if not 0 < size < len(images):
-        output: Output = model(images)
-        return output
-    outputs = [model(group) for group in images.split(size)]
+    """The model's logits for a batch, each group of `size` images on its own batch statistics; 0 is one group."""
+    outputs = [model(group) for group in images.split(size or len(images))]
     local_logits = None if outputs[0].local_logits is None else torch.cat([output.local_logits for output in outputs])
     return Output(torch.cat([output.global_logits for output in outputs]), local_logits, None)
 
@@ -166,8 +173,8 @@ class StreamScores(NamedTuple):
 
     @property
     def fused(self) -> Tensor:
-        """The paper's prediction: the element-wise maximum of both streams."""
-        return torch.maximum(self.global_scores, self.local_scores)
+        """The paper's prediction, the maximum of both streams."""
+        return fuse(self.global_scores, self.local_scores)
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+"""Runs: what one is, its record, found or trained, many side by side, and what records say beside one another."""
+
+from mcar_lib.runs.comparisons import (
+    NO_DIFFERENCE,
+    compare,
+    differences,
+    grouped,
+    interval,
+    points,
+    summarise,
+    tested,
+    told,
+)
+from mcar_lib.runs.config import BASELINE, METHOD, Axis, Profile, RunConfig, load_profile, make_config
+from mcar_lib.runs.grid import find_or_train
+from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
+from mcar_lib.runs.records import Failure, Prediction, Record, read_records
+from mcar_lib.runs.runs import Runs
+
+__all__ = [
+    "BASELINE",
+    "METHOD",
+    "NO_DIFFERENCE",
+    "OPERATING_POINTS",
+    "STREAMS",
+    "Axis",
+    "Failure",
+    "Prediction",
+    "Profile",
+    "Record",
+    "RunConfig",
+    "Runs",
+    "compare",
+    "differences",
+    "find_or_train",
+    "grouped",
+    "interval",
+    "load_profile",
+    "make_config",
+    "points",
+    "read_records",
+    "summarise",
+    "tested",
+    "told",
+]

@@ -1,0 +1,160 @@
+"""Grids of runs: those that have no record yet are trained side by side, each in a process of its own.
+
+A run of a profile with threads = 1 leaves the other cores free, so a grid takes as many runs at once as there are
+cores, and its numbers do not depend on how many those are.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from mcar_lib.errors import MCARError
+from mcar_lib.progress import format_seconds, say
+from mcar_lib.runs.config import Profile, RunConfig
+from mcar_lib.runs.records import Failure, Record
+from mcar_lib.runs.runs import Runs
+
+MAX_AT_ONCE = 8  # each holds one to two GiB
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None = None) -> list[Record | Failure]:
+    """The record of each run in the order asked for; those that have none are trained, the longest first.
+
+    A run that fails does not keep the others from being trained: it is told, and a Failure stands in its place.
+    at_once: runs side by side, by default as many as the cores allow.
+    """
+    outcomes: dict[str, Record | Failure] = {}
+    for config in configs:
+        if (record := runs.find(config)) is not None:
+            outcomes[_key(config)] = record
+    missing = {_key(config): config for config in configs if _key(config) not in outcomes}
+    at_once = min(at_once or runs_at_once(runs.profile), max(len(missing), 1))
+    started, waiting = time.monotonic(), sorted(missing.values(), key=relative_cost, reverse=True)
+    for done, (config, error) in enumerate(_train_all(runs, waiting, at_once), start=1):
+        record = runs.find(config) if error is None else None
+        outcome = record or Failure(config, error or "the run ended without a record")
+        outcomes[_key(config)] = outcome
+        seconds = format_seconds(time.monotonic() - started)
+        say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {_told(outcome)}")
+    return [outcomes[_key(config)] for config in configs]
+
+
+def runs_at_once(profile: Profile) -> int:
+    """How many runs of a profile the cores of this machine can train side by side; on a GPU, one."""
+    if torch.cuda.is_available() or not profile.threads:
+        return 1
+    import joblib  # it knows the limits of containers
+
+    return max(1, min(MAX_AT_ONCE, joblib.cpu_count() // profile.threads))
+
+
+def relative_cost(config: RunConfig) -> float:
+    """Pixels that a run sends through its backbone for each training image: enough to put the longest first."""
+    inputs = 1 + config.num_regions if config.local_stream else 1
+    return config.image_size**2 * inputs * config.epochs
+
+
+def _told(outcome: Record | Failure) -> str:
+    if isinstance(outcome, Failure):
+        return f"failed: {outcome.error}"
+    return f"mAP {100 * outcome.map():.1f}" if outcome.is_scored else "trained, not scored"
+
+
+def _train_all(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> Iterator[tuple[RunConfig, str | None]]:
+    """Each run with what went wrong, or None, as they end."""
+    if at_once == 1:
+        for config in configs:
+            yield config, _attempt(runs, config)
+        return
+    import joblib
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    say(f"{len(configs)} runs to train, {at_once} at once")
+    ready = []
+    for config in configs:
+        try:
+            runs.data(config)  # scenes are drawn and files checked once, not by every process
+            ready.append(config)
+        except MCARError as problem:
+            yield config, f"{type(problem).__name__}: {problem}"
+    place = (runs.profile, runs.results, runs.splits.data_root, runs.artifacts, os.getpid())
+    tasks = (joblib.delayed(_train_in_worker)(*place, index, config) for index, config in enumerate(ready))
+    left = dict(enumerate(ready))
+    try:
+        with joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads):
+            for index, error in joblib.Parallel(at_once, return_as="generator_unordered")(tasks):
+                yield left.pop(index), error
+    except TerminatedWorkerError:
+        for config in left.values():
+            yield config, "its process was killed (out of memory?); the same command goes on from its last epoch"
+
+
+def _attempt(runs: Runs, config: RunConfig) -> str | None:
+    try:
+        runs.run(config)
+    except MCARError as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # out of memory, say; the other runs are still worth their time
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _train_in_worker(
+    profile: Profile,
+    results: Path,
+    data_root: Path | None,
+    artifacts: Path,
+    parent: int,
+    index: int,
+    config: RunConfig,
+) -> tuple[int, str | None]:
+    _end_with(parent)
+    runs = _opened(profile.model_dump_json(), results, data_root, artifacts)
+    with contextlib.redirect_stdout(_Prefixed(sys.stdout, f"{config.label}: ")):
+        return index, _attempt(runs, config)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(profile: str, results: Path, data_root: Path | None, artifacts: Path) -> Runs:
+    """One a process, so that images are read once for all runs that it trains."""
+    return Runs(Profile.model_validate_json(profile), results, data_root, artifacts)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone, however it went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Prefixed:
+    """Standard output whose lines say which run they are of."""
+
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self.stream, self.prefix = stream, prefix
+
+    def write(self, text: str) -> int:
+        return self.stream.write(f"{self.prefix}{text}" if text.strip() else text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _key(config: RunConfig) -> str:
+    return config.model_dump_json()

@@ -1,0 +1,193 @@
+"""From a RunConfig to a run record, once: records are found again by content, and runs that were killed go on.
+
+A run's keys are fingerprints of the arithmetic, the data and the starting weights. A record whose keys are not today's
+is never taken for the run that is asked for.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mcar_lib.backbones import weights_fingerprint
+from mcar_lib.errors import DataError, WeightsError
+from mcar_lib.files import made_folder, project_root, write_json
+from mcar_lib.model import MCAR
+from mcar_lib.progress import say
+from mcar_lib.runs.config import Profile, RunConfig, load_profile
+from mcar_lib.runs.fingerprints import accepted
+from mcar_lib.runs.outcome import Outcome
+from mcar_lib.runs.records import RECORD_FORMAT, Failure, Record, Value, kept, read_records, run_id_of
+from mcar_lib.runs.splits import Data, Splits
+from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, described, train
+from mcar_lib.training import StreamScores, processes
+from mcar_lib.weights import load_named, read_state_dict
+
+
+class Runs:
+    """The runs of one profile: where their records are read from and written to, found, trained and tested.
+
+    results: the folder results/ with the committed records (read only), or results/local, where own runs go. A run that
+    the committed records lack is trained into results/local; the two origins never share a folder. artifacts: weights,
+    scores and scenes.
+    """
+
+    def __init__(
+        self,
+        profile: str | Profile = "mini",
+        results: Path | str | None = None,
+        data_root: Path | str | None = None,
+        artifacts: Path | str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        root = project_root()
+        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        committed = (root / "results").resolve()
+        self.results = (root / results).resolve() if results else committed
+        self.local = committed / "local" if self.results == committed else self.results
+        self.artifacts = Path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
+        data_root = data_root or os.environ.get("MCAR_DATA")
+        place = Path(data_root).expanduser().resolve() if data_root else None
+        self.splits = Splits(self.artifacts, place, verbose)
+        self.verbose = verbose
+
+    @property
+    def folder(self) -> Path:
+        """The profile's tree among the results that are read first."""
+        return self.results / self.profile.name
+
+    @property
+    def local_folder(self) -> Path:
+        """The profile's tree that new records are written to."""
+        return self.local / self.profile.name
+
+    def data(self, config: RunConfig | None = None) -> Data:
+        """Both splits of a configuration's data set, by default the profile's, every file checked."""
+        return self.splits.of(config or self.profile.run)
+
+    def keys(self, config: RunConfig) -> dict[str, str]:
+        """Today's fingerprints of everything that a run of this configuration depends on."""
+        data = self.data(config)
+        return {
+            "arithmetic": arithmetic_fingerprint(),
+            "train_data": data.train_fingerprint,
+            "test_data": data.test_fingerprint,
+            "weights": weights_fingerprint(config.backbone, config.weights),
+        }
+
+    def known_keys(self, config: RunConfig) -> dict[str, str]:
+        """Those fingerprints that can be taken here: without the data or the weights at hand, the others alone."""
+        keys = {"arithmetic": arithmetic_fingerprint()}
+        with contextlib.suppress(DataError):
+            data = self.data(config)
+            keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
+        with contextlib.suppress(WeightsError):
+            keys["weights"] = weights_fingerprint(config.backbone, config.weights)
+        return keys
+
+    def find(self, config: RunConfig) -> Record | None:
+        """The current record of a configuration: among the results read first, else among the local ones."""
+        keys = self.known_keys(config)
+
+        def found() -> Record | None:
+            records = (record for folder in self._folders() for record in read_records(folder))
+            return next((each for each in records if each.is_current(keys) and each.config == config), None)
+
+        return processes.broadcast_from_main(found)
+
+    def run(self, config: RunConfig) -> Record:
+        """The record of a run, trained first if there is none that is current.
+
+        Several processes train it together: all of them call this and get the record. Raises the errors of data,
+        weights and training. Nothing that was there before is lost when it fails.
+        """
+        processes.check_batch(config.batch_size, config.statistics_batch)
+        return self.find(config) or self._train(config)
+
+    def _train(self, config: RunConfig) -> Record:
+        processes.broadcast_from_main(lambda: made_folder(self.local_folder / "runs"))
+        keys = self.keys(config)
+        run_id = run_id_of(config, keys)
+        outcome = self._place(run_id)
+        with outcome.locked():
+            if found := self.find(config):  # another job may have finished it while this one waited
+                return found
+            if self.verbose:
+                say(f"training {config.label} ({run_id})")
+            started, threads = time.monotonic(), self.profile.threads
+            mcar, state = train(self.splits, config, outcome, threads)
+            names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "profile": self.profile.name}
+            measured = described(config, self.data(config), mcar, state, time.monotonic() - started, threads)
+            record = Record(
+                self.local_folder / "runs" / f"{config.label}-{run_id}.json", {**names, "keys": keys, **measured}
+            )
+
+            def keep() -> Record:
+                write_json(record.path, record.content)
+                outcome.remove_checkpoints()
+                return record
+
+            return processes.broadcast_from_main(keep)
+
+    # What a run leaves on this machine ------------------------------------------------------------------------------
+
+    def outcome(self, config: RunConfig) -> Outcome:
+        """The place of a run's weights and scores; whether they are there is another question. What former arithmetic
+        of the same numbers has left is as good as today's."""
+        keys = self.keys(config)
+        former = ({**keys, "arithmetic": each} for each in accepted(keys["arithmetic"]))
+        places = [self._place(run_id_of(config, each)) for each in former]
+        return next((place for place in places if place.is_here()), places[0])
+
+    def _place(self, run_id: str) -> Outcome:
+        return Outcome(self.artifacts / "runs" / run_id)
+
+    def trained(self, config: RunConfig) -> Outcome:
+        """A run's weights and scores. They are not committed: where they are not on this machine, it is trained."""
+        self.run(config)
+        outcome = self.outcome(config)
+        if not outcome.is_here():
+            if self.verbose:
+                say(f"the weights of {config.label} are not on this machine; training it")
+            with outcome.locked():
+                if not outcome.is_here():  # another job may have finished it meanwhile
+                    train(self.splits, config, outcome, self.profile.threads)
+                processes.broadcast_from_main(outcome.remove_checkpoints)
+        return outcome
+
+    def trained_model(self, config: RunConfig, **changes: Value) -> MCAR:
+        """The model of a run with its last weights, in evaluation mode; changes: num_regions, threshold, selection."""
+        weights = self.trained(config).weights
+        mcar = build_model(config.vary(**changes), len(self.data(config).train.classes), weights="none")
+        load_named(mcar, read_state_dict(weights), str(weights))
+        return mcar.eval()
+
+    def scores(self, config: RunConfig, epoch: str = "last") -> StreamScores:
+        """Test scores of a run at its last or best epoch; trained where they are not on this machine.
+
+        Raises DataError where there is nothing to score.
+        """
+        _ = self.data(config).test
+        return self.trained(config).scores(epoch)
+
+    # Records that follow from runs ----------------------------------------------------------------------------------
+
+    def keep(self, kind: str, name: str, made_by: str, make: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
+        """The content of <profile>/<kind>/<name>.json, made and written to the local results if there is none that
+        the definitions of the fingerprint made_by have made."""
+        found = kept(self._folders(), kind, name, made_by)
+        if found is None:
+            found = {**make(), "made_by": made_by}
+            write_json(self.local_folder / kind / f"{name}.json", found)
+        return found
+
+    def place_of(self, found: Sequence[Record | Failure]) -> Path:
+        """Which results/<profile> folder tables of these runs belong to: the one read first if all are from there, else
+        that of own runs, so that the two origins never mix."""
+        is_first = all(isinstance(each, Record) and each.path.is_relative_to(self.folder) for each in found)
+        return self.folder if is_first else self.local_folder
+
+    def _folders(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((self.folder, self.local_folder)))

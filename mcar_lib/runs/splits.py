@@ -1,0 +1,81 @@
+"""The images of runs: both splits of a data set, checked and read once a session, and what their bytes hash to."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcar_lib.data import ImageSet, load_image_set, prepare, scenes_folder
+from mcar_lib.data.published import load_scored_split
+from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.errors import DataError
+from mcar_lib.progress import Progress
+from mcar_lib.runs.config import RunConfig
+from mcar_lib.runs.records import NO_TEST_LABELS
+from mcar_lib.training import processes
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images of one configuration, checked, with the fingerprints of what was read.
+
+    scored: the test images, or None where their labels are not public.
+    """
+
+    train: ImageSet
+    scored: ImageSet | None
+    train_fingerprint: str
+    test_fingerprint: str
+
+    @property
+    def test(self) -> ImageSet:
+        """The test images; raises DataError where nothing can be scored."""
+        if self.scored is None:
+            raise DataError(f"{NO_TEST_LABELS}; mcar submit voc2012 writes what its server scores")
+        return self.scored
+
+
+class Splits:
+    """Data sets below one data root; scenes, and the notes of what was checked, lie below artifacts."""
+
+    def __init__(self, artifacts: Path, data_root: Path | None, verbose: bool = True) -> None:
+        self.artifacts, self.data_root, self.verbose = artifacts, data_root, verbose
+        self.notes = artifacts / "data" / "checked"
+        self._data: dict[str, Data] = {}
+        self._squares: dict[tuple[ImageSet, int], ResizedImages] = {}
+
+    def root_of(self, dataset: str) -> Path:
+        """Where a data set lies: scenes among the artifacts, any other below the data root, else DataError."""
+        if dataset == "scenes":
+            return self.artifacts / "data"
+        if self.data_root is None:
+            raise DataError(f"{dataset} needs a data root; give --data-root DIR or set MCAR_DATA")
+        return self.data_root
+
+    def of(self, config: RunConfig) -> Data:
+        """Both splits of a configuration's data set, every file checked. Scenes are written first if need be."""
+        key = json.dumps([config.dataset, config.data_options], sort_keys=True)
+        if key not in self._data:
+            self._data[key] = processes.main_first(lambda: self._read(config))
+        return self._data[key]
+
+    def _read(self, config: RunConfig) -> Data:
+        root = self.root_of(config.dataset)
+        if config.dataset == "scenes":
+            with Progress("drawing scenes", 1, enabled=self.verbose) as progress:
+                scenes_folder(root, progress.update, **config.data_options)
+        train = load_image_set(config.dataset, "train", root, **config.data_options)
+        test = load_scored_split(config.dataset, root, **config.data_options)
+        return Data(train, test, self.check(train), "not public" if test is None else self.check(test))
+
+    def check(self, images: ImageSet, again: bool = False) -> str:
+        """Reads every image and box, whatever was noted before if again; returns the fingerprint of what was read."""
+        with Progress(f"checking {images.title}", len(images), enabled=self.verbose) as progress:
+            return prepare(images, None if again else self.notes, progress.update)
+
+    def squares(self, images: ImageSet, size: int) -> ResizedImages:
+        """The images of a split as squares, read once a session."""
+        key = (images, size)
+        if key not in self._squares:
+            with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:
+                self._squares[key] = ResizedImages(images, size, progress=progress.update)
+        return self._squares[key]

@@ -1,0 +1,151 @@
+"""One run on this machine: its model drawn, trained, tested, and all that its record says."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcar_lib.data import ImageSet, load_image_set
+from mcar_lib.data.transforms import ResizedImages, sample_generator
+from mcar_lib.errors import ConfigError
+from mcar_lib.model import MCAR, build_mcar
+from mcar_lib.runs.config import RunConfig
+from mcar_lib.runs.environment import describe_environment, peak_memory
+from mcar_lib.runs.fingerprints import fingerprint
+from mcar_lib.runs.measures import count_macs, run_cost, run_metrics, stream_metrics
+from mcar_lib.runs.outcome import Outcome
+from mcar_lib.runs.splits import Data, Splits
+from mcar_lib.training import EVALUATION_BATCH, INITIALISATION, EpochResult, Fit, evaluate, fit, processes
+from mcar_lib.weights import load_named, load_release_checkpoint, read_state_dict
+
+
+def arithmetic_fingerprint() -> str:
+    """What a run computes with: from the bytes of a photo to its metrics, training, loop and loading of weights."""
+    return fingerprint(ImageSet.image, Splits.squares, train, evaluate, run_metrics, count_macs)
+
+
+def build_model(config: RunConfig, num_classes: int, weights: str | None = None) -> MCAR:
+    """The model of a configuration, drawn from its seed; weights: in place of the configuration's own."""
+    return build_mcar(
+        config.backbone,
+        num_classes,
+        config.weights if weights is None else weights,
+        seed=sample_generator(config.seed, 0, INITIALISATION).initial_seed(),
+        pooling=config.pooling,
+        num_regions=config.num_regions,
+        threshold=config.threshold,
+        selection=config.selection,
+        local_stream=config.local_stream,
+    )
+
+
+def load_model(config: RunConfig, num_classes: int, path: Path, release: bool = False) -> MCAR:
+    """The model of a configuration with weights of this project's own from a file, or those of a release checkpoint.
+
+    Raises CheckpointError where they are of another architecture, or else WeightsError where they cannot be read.
+    """
+    mcar = build_model(config, num_classes, weights="none")
+    if release:
+        load_release_checkpoint(path, mcar)
+    else:
+        load_named(mcar, read_state_dict(path), str(path))
+    return mcar
+
+
+def score_weights(splits: Splits, config: RunConfig, path: Path, release: bool = False) -> dict[str, Any]:
+    """The metrics of weights from a file on a configuration's test split, which alone is read; as records have them."""
+    test = load_image_set(config.dataset, "test", splits.root_of(config.dataset), **config.data_options)
+    mcar = load_model(config, len(test.classes), path, release)
+    scores = evaluate(mcar, splits.squares(test, config.image_size), config.precision, config.seed, splits.verbose)
+    return stream_metrics(scores, test)
+
+
+def train(splits: Splits, config: RunConfig, outcome: Outcome, threads: int = 0) -> tuple[MCAR, Fit]:
+    """Trains a run, going on after the last whole epoch that its folder holds; leaves weights and scores there."""
+    data = splits.of(config)
+    if config.num_regions > len(data.train.classes):
+        raise ConfigError(
+            f"num_regions is {config.num_regions}; {data.train.title} has {len(data.train.classes)} classes"
+        )
+    mcar = processes.main_first(lambda: build_model(config, len(data.train.classes)))  # may be a download
+    squares = splits.squares(data.train, config.image_size)
+    test = None if data.scored is None else splits.squares(data.scored, config.image_size)
+    with cpu_threads(threads):
+        state = fit(mcar, squares, test, config, outcome.folder, verbose=splits.verbose)
+    processes.broadcast_from_main(lambda: outcome.save(mcar, state))
+    return mcar, state
+
+
+def described(config: RunConfig, data: Data, mcar: MCAR, state: Fit, seconds: float, threads: int) -> dict[str, Any]:
+    """What a run's record says beside its names and keys. seconds: of this session."""
+    test = data.scored
+    return {
+        "config": config.model_dump(mode="json"),
+        "data": {
+            "train": data.train.title,
+            "test": None if test is None else test.title,
+            "train_images": len(data.train),
+            "test_images": None if test is None else len(test),
+            "subset": data.train.is_subset or (test is not None and test.is_subset),
+            "classes": list(data.train.classes),
+        },
+        "metrics": run_metrics(config, state, test),
+        "history": [asdict(result) for result in state.history],
+        "cost": run_cost(mcar, config, state, seconds),
+        "environment": describe_environment(threads),
+    }
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """That many CPU threads for a while; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the first steps of a run took: images trained on and tested, their epoch, peak memory in bytes."""
+
+    config: RunConfig
+    train_images: int
+    test_images: int
+    result: EpochResult
+    peak_memory_bytes: int
+
+    @property
+    def lines(self) -> list[str]:
+        """For the reader."""
+        steps = -(-self.train_images // self.config.batch_size)
+        loss = self.result.global_loss + self.result.local_loss
+        return [
+            f"{self.config.label}: it runs",
+            f"{steps} training steps of {self.config.batch_size} images: {self.result.train_seconds:.2f} s (the first "
+            f"steps are slower than the others), loss {loss:.4f}",
+            f"one test batch of {self.test_images} images: {self.result.test_seconds:.2f} s",
+            f"peak memory: {self.peak_memory_bytes / 2**30:.1f} GiB",
+        ]
+
+
+def dry_run(splits: Splits, config: RunConfig, threads: int = 0) -> DryRun:
+    """Two training steps and one test batch of a run, on its own data and device; nothing is kept.
+
+    Where the test labels are not public, training photos are scored instead.
+    """
+    data = splits.of(config)
+    train = data.train.select(range(min(2 * config.batch_size, len(data.train))))
+    scored = data.train if data.scored is None else data.scored
+    test = scored.select(range(min(EVALUATION_BATCH, len(scored))))
+    mcar = processes.main_first(lambda: build_model(config, len(train.classes)))
+    squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(threads):
+        state = fit(mcar, *squares, config.vary(epochs=1), Path(folder), verbose=False)
+    return DryRun(config, len(train), len(test), state.history[0], peak_memory())

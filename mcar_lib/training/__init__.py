@@ -1,0 +1,32 @@
+"""Training: the recipe, the loop that fits and evaluates, checkpoints, and the processes that share a run."""
+
+from mcar_lib.training import processes
+from mcar_lib.training.checkpoint import CHECKPOINT, PREVIOUS, EpochResult, Fit
+from mcar_lib.training.loop import EVALUATION_BATCH, evaluate, fit, keep_freed_memory, stream_map
+from mcar_lib.training.recipe import (
+    EPOCH,
+    EVALUATION,
+    INITIALISATION,
+    ORDER,
+    EpochOrder,
+    Positive,
+    Recipe,
+    StepLoss,
+    StreamScores,
+    TrainingImages,
+    batch_scores,
+    build_optimizer,
+    build_schedule,
+    forward_in_groups,
+    network_input,
+    parameter_groups,
+    seed_everything,
+    training_step,
+)
+
+__all__ = [
+    "CHECKPOINT", "EPOCH", "EVALUATION", "EVALUATION_BATCH", "INITIALISATION", "ORDER", "PREVIOUS", "EpochOrder",
+    "EpochResult", "Fit", "Positive", "Recipe", "StepLoss", "StreamScores", "TrainingImages", "batch_scores",
+    "build_optimizer", "build_schedule", "evaluate", "fit", "forward_in_groups", "keep_freed_memory",
+    "network_input", "parameter_groups", "processes", "seed_everything", "stream_map", "training_step",
+]  # fmt: skip

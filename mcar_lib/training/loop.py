@@ -1,0 +1,206 @@
+"""Fit and evaluate. A run that is killed goes on from its last whole epoch and ends with the same numbers.
+
+Several processes (see processes) share each batch in equal consecutive shards, and the batches of a test. A shard has
+its own batch statistics, as the images on each of the release's GPUs had: so P processes train like one with
+statistics_batch = batch_size / P, but for the running statistics, which are those of the main process's shards.
+"""
+
+import contextlib
+import ctypes
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.metrics import average_precision
+from mcar_lib.model import MCAR
+from mcar_lib.progress import Progress, format_seconds, say
+from mcar_lib.training import processes
+from mcar_lib.training.checkpoint import EpochResult, Fit, resume, save
+from mcar_lib.training.recipe import (
+    EPOCH,
+    EVALUATION,
+    EpochOrder,
+    Recipe,
+    StepLoss,
+    StreamScores,
+    TrainingImages,
+    batch_scores,
+    build_optimizer,
+    build_schedule,
+    network_input,
+    seed_everything,
+    training_step,
+)
+
+EVALUATION_BATCH = 32
+Maps = tuple[float | None, float | None, float | None]
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def fit(
+    model: MCAR,
+    train: ResizedImages,
+    test: ResizedImages | None,
+    recipe: Recipe,
+    folder: Path,
+    workers: int = 0,
+    verbose: bool = True,
+) -> Fit:
+    """Trains a model, tests it after each epoch, and leaves a checkpoint of each epoch in a folder.
+
+    Called again with the same arguments it goes on after the last whole epoch; the end is the same bit for bit on one
+    machine with as many processes. The model holds the last epoch's weights afterwards. test: None where nothing can be
+    scored. workers: processes that read images (0: this one).
+    Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint of another architecture or recipe,
+    ConfigError on a batch that the processes cannot share; a truncated checkpoint is passed over for the one before it,
+    and said so.
+    """
+    processes.check_batch(recipe.batch_size, recipe.statistics_batch)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    job = _Job(model, train, recipe, workers)
+    state = resume(folder, recipe, model, job.optimizer, job.schedule)
+    for epoch in range(len(state.history), recipe.epochs):
+        started = time.monotonic()
+        losses = job.train_epoch(epoch, verbose)
+        trained = time.monotonic()
+        scores, maps = _test(model, test, recipe, verbose)
+        result = EpochResult(epoch + 1, *losses, *maps, trained - started, time.monotonic() - trained)
+        state.note(result, scores)
+        if processes.is_main():
+            save(folder, recipe, state, model, job.optimizer, job.schedule)
+        if verbose:
+            say(_epoch_line(result, recipe.epochs, len(train)))
+    return state
+
+
+class _Job:
+    """What a run trains with. The processes share the steps of `wrapped`, whose weights are those of `model`."""
+
+    def __init__(self, model: MCAR, train: ResizedImages, recipe: Recipe, workers: int) -> None:
+        self.model, self.recipe = model, recipe
+        self.accelerator = _accelerator(model, recipe.precision)
+        self.images, self.order = TrainingImages(train, recipe), EpochOrder(len(train), recipe.seed)
+        batches = DataLoader(self.images, recipe.batch_size, sampler=self.order, num_workers=workers)
+        optimizer = build_optimizer(model, recipe)
+        self.schedule = build_schedule(optimizer, recipe, len(batches))
+        with warnings.catch_warnings():
+            # accelerate knows no other name for that option of torch
+            warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+            self.wrapped, self.optimizer, self.batches = self.accelerator.prepare(model, optimizer, batches)
+
+    def train_epoch(self, epoch: int, verbose: bool) -> tuple[float, float]:
+        """One pass over the images; returns the global and the local loss, each the mean over all of them."""
+        self.images.epoch = self.order.epoch = epoch
+        seed_everything(self.model, self.recipe.seed, epoch, EPOCH)
+        self.wrapped.train()
+        total, batch_size = len(self.images), self.recipe.batch_size
+        sums = torch.zeros(2, dtype=torch.float64)
+        with Progress(f"epoch {epoch + 1}/{self.recipe.epochs}", total, enabled=verbose) as progress:
+            for step, (images, targets) in enumerate(self.batches):
+                size = min(batch_size, total - step * batch_size)
+                own = processes.shard_size(size, batch_size)
+                sums += torch.tensor(self.step(images, targets, own, size), dtype=torch.float64) * own
+                progress.advance(size)
+        # Each process has running statistics of its own shards. All go on with the main process's, which the checkpoint
+        # holds, as data parallelism in the release kept those of its first GPU.
+        processes.broadcast_buffers(self.model)
+        global_loss, local_loss = (torch.stack(processes.gather([sums])).sum(dim=0) / total).tolist()
+        return global_loss, local_loss
+
+    def step(self, images: Tensor, targets: Tensor, own: int, size: int) -> StepLoss:
+        """One step on this process's `own` images of a batch that has `size` images in all."""
+        # accelerate fills up the epoch's last batch with images of its first: they count for nothing here, and stand in
+        # only where a process has no image of its own, for it must take part in the step.
+        used = own or len(images)
+        x = network_input(self.model, images[:used])
+        loss, parts = training_step(self.wrapped, x, targets[:used], self.recipe.statistics_batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Gradients are averaged over the processes: weighted by their images, that is the mean over the batch.
+        self.accelerator.backward(loss * (own * processes.num_processes() / size))
+        self.optimizer.step()
+        self.schedule.step()
+        return parts
+
+
+def _accelerator(model: MCAR, precision: str) -> Accelerator:
+    """The device and the precision; the model is moved there."""
+    keep_freed_memory()
+    processes.num_processes()  # makes the process group, if there is to be one, the way this project wants it
+    AcceleratorState._reset_state()  # else a process could only use the precision of its first run
+    # The effective batch stays the recipe's: several processes share it instead of each taking one.
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # To hand out buffers before each forward pass would forbid several of them (statistics_batch) in one step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return accelerator
+
+
+def _test(model: MCAR, test: ResizedImages | None, recipe: Recipe, verbose: bool) -> tuple[StreamScores | None, Maps]:
+    """Scores and mAP of the test set, if there is one."""
+    if test is None:
+        return None, (None, None, None)
+    scores = evaluate(model, test, recipe.precision, recipe.seed, verbose)
+    return scores, stream_map(scores, test)
+
+
+def evaluate(
+    model: MCAR, test: ResizedImages, precision: str = "fp32", seed: int = 0, verbose: bool = True
+) -> StreamScores:
+    """Scores (n, K) of every image in order, under no_grad and in evaluation mode.
+
+    Several processes take the batches in turn, and all get all scores: those of one process, but for selection
+    "random", whose numbers each process draws for itself.
+    """
+    accelerator = _accelerator(model, precision)
+    model.eval()
+    seed_everything(model, seed, 0, EVALUATION)
+    parts: list[tuple[int, StreamScores]] = []
+    with Progress("testing", len(test), enabled=verbose) as progress:
+        for first in range(0, len(test), EVALUATION_BATCH):
+            last = min(first + EVALUATION_BATCH, len(test))
+            if first // EVALUATION_BATCH % processes.num_processes() == processes.rank():
+                images = torch.stack([test[index] for index in range(first, last)])
+                with accelerator.autocast():
+                    parts.append((first, batch_scores(model, network_input(model, images))))
+            progress.update(last, len(test))
+    in_order = [scores for _, scores in sorted(processes.gather(parts), key=lambda part: part[0])]
+    return StreamScores(*(torch.cat(stream) for stream in zip(*in_order, strict=True)))
+
+
+def stream_map(scores: StreamScores, test: ResizedImages) -> tuple[float, float, float]:
+    """mAP of the global, local and fused scores, classes without positives left out."""
+    targets = test.image_set.targets
+    streams = (scores.global_scores, scores.local_scores, scores.fused)
+    each = [average_precision(stream, targets).nanmean().item() for stream in streams]
+    return each[0], each[1], each[2]
+
+
+def _epoch_line(result: EpochResult, epochs: int, num_images: int) -> str:
+    maps = {"global": result.map_global, "local": result.map_local, "fused": result.map_fused}
+    scored = " ".join(f"{name} {100 * value:.1f}" for name, value in maps.items() if value is not None)
+    return (
+        f"epoch {result.epoch}/{epochs}: loss global {result.global_loss:.4f} local {result.local_loss:.4f}, "
+        f"{f'mAP {scored}' if scored else 'not scored'}, {num_images / result.train_seconds:.0f} images/s, "
+        f"{format_seconds(result.train_seconds + result.test_seconds)}"
+    )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large freed blocks instead of handing them back to the system after every layer; fetching
+    them anew costs more than half of a CPU training step. Has no effect on numbers, nor where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TOP_PAD, 2**28)

@@ -1,0 +1,119 @@
+"""Figures show the numbers that they are given."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from mcar_lib import figures
+from mcar_lib.figures import COLOURS
+from mcar_lib.localisation import measure_regions
+from mcar_lib.regions import class_marginals, locate_intervals
+from mcar_lib.runs import BASELINE, METHOD, RunConfig, Runs
+
+
+def table() -> pd.DataFrame:
+    """Rows as of an ablation, two things varied in two models, no two numbers alike; the last run failed."""
+    keys = [(varied, value, model) for varied in ("size", "N =") for model in (BASELINE, METHOD) for value in (8, 2, 4)]
+    rows = pd.DataFrame(keys, columns=["varied", "value", "model"])
+    rows["mAP"] = np.arange(len(rows), dtype=float)
+    rows["GMACs an image"] = 100.0 - rows["mAP"]
+    rows.loc[len(rows) - 1, "mAP"] = np.nan
+    return rows.assign(low=rows["mAP"] - 0.1, high=rows["mAP"] + 0.2)
+
+
+def drawn(axes: Axes, place: int) -> tuple[list[float], list[list[float]]]:
+    """Middle and ends of the bars of one model."""
+    line, _, (bars,) = axes.containers[place].lines
+    return line.get_ydata(orig=False).tolist(), [segment[:, 1].tolist() for segment in bars.get_segments()]
+
+
+@pytest.mark.parametrize(("panel", "varied"), [(0, "size"), (1, "N =")])
+def test_settings_are_shown_with_the_ends_of_their_intervals_and_failed_ones_left_out(panel: int, varied: str) -> None:
+    axes = figures.settings_with_intervals(table(), "title").axes[panel]
+    assert axes.get_xlabel() == varied.removesuffix(" =")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "2", "4"]
+    of_panel = table().query("varied == @varied").dropna()
+    for place, model in enumerate((BASELINE, METHOD)):
+        rows = of_panel[of_panel["model"] == model]
+        middles, ends = drawn(axes, place)
+        assert middles == rows["mAP"].tolist()
+        assert ends == [pytest.approx(each) for each in rows[["low", "high"]].to_numpy().tolist()]
+
+
+def test_accuracy_stands_over_cost_model_by_model() -> None:
+    rows = table().query("varied == 'N ='").dropna()
+    axes = figures.accuracy_against_cost(rows, "title", ["GMACs an image"]).axes[0]
+    for place, model in enumerate((METHOD, BASELINE)):  # the cheaper one first
+        of_model = rows[rows["model"] == model].sort_values("GMACs an image")
+        line = axes.containers[place].lines[0]
+        assert line.get_xdata(orig=False).tolist() == of_model["GMACs an image"].tolist()
+        assert line.get_ydata(orig=False).tolist() == of_model["mAP"].tolist()
+
+
+def test_a_bar_never_has_a_negative_length() -> None:
+    _, (axes,) = figures.figure()
+    figures.with_intervals(axes, [0], pd.DataFrame({"mAP": [5.0], "low": [5.5], "high": [6.0]}))
+    assert drawn(axes, 0) == ([5.0], [[5.0, 6.0]])
+
+
+def test_nothing_is_drawn_where_nothing_was_measured() -> None:
+    _, (axes,) = figures.figure()
+    figures.with_intervals(axes, [0], pd.DataFrame({"mean": [np.nan], "low": [np.nan], "high": [np.nan]}), "mean")
+    assert np.isnan(axes.containers[0].lines[0].get_ydata(orig=False)).all()
+
+
+def boxes_on(axes: Axes) -> list[tuple]:
+    return [
+        (patch.get_linestyle(), (*patch.get_xy(), patch.get_width(), patch.get_height()), patch.get_edgecolor()[:3])
+        for patch in axes.patches
+        if isinstance(patch, Rectangle)
+    ]
+
+
+def test_the_gallery_draws_regions_solid_and_objects_dashed_in_the_colour_of_their_class() -> None:
+    image, maps = torch.zeros(3, 16, 16, dtype=torch.uint8), torch.rand(2, 16, 16)
+    boxes = torch.tensor([[0, 0, 8, 8], [4, 4, 12, 12]])
+    annotated = [("cat", [1.0, 2.0, 5.0, 7.0])]
+    photo = figures.attention_gallery([image], [maps], [boxes], [["dog", "cat"]], [annotated], 0.5).axes[0]
+    assert ("--", (1, 2, 4, 5), COLOURS[1]) in boxes_on(photo)
+    assert ("-", (0, 0, 8, 8), COLOURS[0]) in boxes_on(photo)
+    assert ("-", (4, 4, 8, 8), COLOURS[1]) in boxes_on(photo)
+
+
+def test_a_map_has_its_marginals_beside_it_and_the_interval_as_a_band() -> None:
+    image, attention = torch.zeros(3, 16, 16, dtype=torch.uint8), torch.rand(16, 16)
+    px, py = class_marginals(attention)
+    (x1, x2), (y1, y2) = locate_intervals(torch.stack((px, py)), 0.4).tolist()
+    _, (axes,) = figures.figure()
+    figures.region_on_map(axes, image, attention, (x1, y1, x2, y2), 0.4, COLOURS[3])
+    across, down = axes.child_axes
+    assert boxes_on(axes) == [("-", (x1, y1, x2 - x1, y2 - y1), COLOURS[3])]
+    np.testing.assert_array_equal(across.lines[0].get_ydata(), px)
+    np.testing.assert_array_equal(down.lines[0].get_xdata(), py)
+    assert (across.lines[1].get_ydata()[0], down.lines[1].get_xdata()[0]) == (0.4, 0.4)
+    assert (across.patches[0].get_x(), across.patches[0].get_width()) == (x1, x2 - x1)
+    assert (down.patches[0].get_y(), down.patches[0].get_height()) == (y1, y2 - y1)
+
+
+def test_the_steps_show_map_box_and_crop_of_each_region() -> None:
+    image, crops = torch.zeros(3, 16, 16, dtype=torch.uint8), torch.randint(255, (2, 3, 16, 16), dtype=torch.uint8)
+    boxes = torch.tensor([[0, 0, 8, 8], [4, 4, 12, 12]])
+    axes = figures.region_steps(image, torch.rand(2, 16, 16), boxes, ["dog", "cat"], 0.5, crops).axes
+    for row, (x, y, colour) in enumerate(((0, 0, COLOURS[0]), (4, 4, COLOURS[1]))):
+        on_map, on_image, crop = axes[3 * row : 3 * row + 3]
+        assert boxes_on(on_map) == boxes_on(on_image) == [("-", (x, y, 8, 8), colour)]
+        np.testing.assert_array_equal(crop.images[0].get_array(), crops[row].permute(1, 2, 0))
+
+
+def test_the_gallery_of_a_run_shows_what_its_record_says(runs: Runs, tiny_config: RunConfig) -> None:
+    record = measure_regions(runs, tiny_config)
+    axes = figures.gallery_figure(record, runs).axes
+    assert len(axes) == 4 * 3  # the photo and two regions, of four images
+    entry = record["gallery"][1]
+    solid = [place for style, place, _ in boxes_on(axes[3]) if style == "-"]
+    assert all((x1, y1, x2 - x1, y2 - y1) in solid for x1, y1, x2, y2 in entry["boxes"])
+    cells, shown = np.array(entry["cells"][0]), axes[4].images[1].get_array()
+    np.testing.assert_allclose(shown[[0, 0, -1, -1], [0, -1, 0, -1]], cells[[0, 0, -1, -1], [0, -1, 0, -1]], rtol=1e-6)
