@@ -1,7 +1,8 @@
 """The multi-class attentional region module: class maps in, a few boxes and crops out. It has no parameters.
 
-Notation of the paper: B images of H x W pixels, K classes, N regions an image, tau the localisation threshold.
-Everything is one tensor expression over batch and regions; nothing reads a value back from the device.
+Notation of the paper: B images of H x W pixels, K classes, N regions an image, tau the localisation threshold. Its
+steps: 1 class attentional maps, 2 the N classes, 3 the two marginals of each map, 4 an interval of each marginal, 5 the
+crops. Everything is one tensor expression over batch and regions; nothing reads a value back from the device.
 """
 
 import math
@@ -30,7 +31,7 @@ class Regions(NamedTuple):
 
 
 def locate_intervals(marginals: Tensor, threshold: float | Tensor) -> Tensor:
-    """The interval of each marginal that the released code would choose.
+    """The interval of each marginal that the released code would choose (step 4): here tau acts.
 
     marginals: (R, L) float, each scaled to [0, 1]; threshold: tau, a number or one for each row (R,).
     Returns (R, 2) int64, [start, end) with 0 <= start < end <= L for every L above 8 (below, one may be empty). In a
@@ -86,7 +87,7 @@ def _widen(start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def select_classes(
     scores: Tensor, num_regions: int, selection: Selection = "top", generator: torch.Generator | None = None
 ) -> Tensor:
-    """The N classes of each image whose maps are searched: the highest, the lowest or random ones.
+    """The N classes of each image whose maps are searched (step 2): the highest, the lowest or random ones.
 
     scores: (B, K). Returns (B, N) int64; among equal scores the lower class index comes first.
     Raises ConfigError if N is below 1 or above K, or the selection is unknown.
@@ -102,8 +103,8 @@ def select_classes(
 
 
 def class_marginals(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Marginals of attention maps (..., H, W): px (..., W), the maximum over rows, and py (..., H), over columns,
-    each scaled to [0, 1] by its own minimum and maximum (a constant one is divided by its maximum instead)."""
+    """Marginals of attention maps (..., H, W) (step 3): px (..., W), the maximum over rows, and py (..., H), that over
+    columns, each scaled to [0, 1] by its own minimum and maximum (a constant one is divided by its maximum instead)."""
     return _scale(maps.amax(dim=-2)), _scale(maps.amax(dim=-1))
 
 
@@ -113,7 +114,7 @@ def _scale(marginal: Tensor) -> Tensor:
 
 
 def attention_maps(class_logits: Tensor, classes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Attention maps of the chosen classes only: sigmoid, then bilinear upsampling with aligned corners.
+    """Attention maps of the chosen classes only (step 1): sigmoid, then bilinear upsampling with aligned corners.
 
     class_logits: (B, K, h, w) float; classes: (B, N) int64; image_size: (H, W). Returns (B, N, H, W) in [0, 1].
     """

@@ -54,7 +54,8 @@ def save(
     They go beside the records: into results/<profile>, or into results/local/<profile> where one of the runs is from
     there or could not be had, so that no committed table loses a row. Raises ResultsError if that cannot be written.
     """
-    folder, title = runs.place_of(found), title_of(runs, found)
+    is_first = all(isinstance(each, Record) and each.path.is_relative_to(runs.folder) for each in found)
+    folder, title = runs.folder if is_first else runs.local_folder, title_of(runs, found)
     for name, table in tables.items():
         write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
         write_text(folder / "tables" / f"{name}.md", f"{title}\n\n{markdown(table)}")

@@ -582,15 +582,6 @@ def test_what_follows_from_runs_goes_to_the_local_results(
     assert not (checkout / "results" / "tiny" / "comparisons").exists()
 
 
-def test_tables_of_committed_records_alone_belong_beside_them(
-    open_runs: OpenRuns, committed: Record, tiny_config: RunConfig
-) -> None:
-    runs = open_runs("results")
-    own = runs.run(tiny_config.vary(seed=1))
-    found = [runs.place_of(records) for records in ([committed], [committed, own], [own])]
-    assert found == [runs.folder, runs.local_folder, runs.local_folder]
-
-
 def test_results_behind_a_link_stay_read_only(open_runs: OpenRuns, checkout: Path, tmp_path: Path) -> None:
     (checkout / "results").rename(tmp_path / "elsewhere")
     (checkout / "results").symlink_to(tmp_path / "elsewhere")

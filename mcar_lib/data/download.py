@@ -77,7 +77,7 @@ def get_data_set(
     places = [place for place in missing if place.archive.urls or place.whole]
     for place in missing:
         if place not in places:
-            say(f"{place.archive.name} is not fetched: {place.instructions}")
+            say(f"{place.archive.name} is not fetched: {_by_hand(place.archive, place.folder)}")
     names = [place.archive.name for place in places]
     try:
         (root / DOWNLOADS).mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,17 @@ def _peak_bytes(places: Sequence["_Place"], keep: bool) -> int:
         peak = max(peak, added + rest + place.archive.unpacked_size)
         added += place.archive.unpacked_size + (rest if keep else 0)
     return peak
+
+
+def _by_hand(archive: Archive, folder: Path) -> str:
+    """How to bring an archive by hand."""
+    first = f"To bring {archive.name} yourself, put it into the folder below and give the same command again:"
+    sources = "".join(f"\n  from    {url}" for url in archive.urls)
+    return (
+        f"{archive.by_hand or first}{sources}\n  file    {archive.name}\n"
+        f"  size    {'no published size' if archive.size is None else f'{archive.size:,} bytes'}\n"
+        f"  md5     {archive.md5 or 'no published checksum'}\n  folder  {folder}"
+    )
 
 
 class _Place:
@@ -135,25 +146,13 @@ class _Place:
         text = json.dumps(self.receipt | known, indent=1) + "\n"
         write_atomically(self.receipt_path, lambda path: path.write_text(text, encoding="utf-8"))
 
-    @property
-    def instructions(self) -> str:
-        """How to bring the archive by hand."""
-        name, size = self.archive.name, self.archive.size
-        first = f"To bring {name} yourself, put it into the folder below and give the same command again:"
-        sources = "".join(f"\n  from    {url}" for url in self.archive.urls)
-        return (
-            f"{self.archive.by_hand or first}{sources}\n  file    {name}\n"
-            f"  size    {'no published size' if size is None else f'{size:,} bytes'}\n"
-            f"  md5     {self.archive.md5 or 'no published checksum'}\n  folder  {self.folder}"
-        )
-
     def get(self, keep: bool, pause: Callable[[float], None]) -> None:
         """Unpacks the archive, fetched if need be; one that was here stays, right or wrong."""
         here = self.whole
         if here and (wrong := self.check(here)):
             raise DataError(
                 f"{here} is not the published archive: {wrong}. It was left as it is; move it away to have it "
-                f"fetched, or replace it.\n{self.instructions}"
+                f"fetched, or replace it.\n{_by_hand(self.archive, self.folder)}"
             )
         path = here or self.download(pause)
         self.part.unlink(missing_ok=True)
@@ -201,7 +200,7 @@ class _Place:
                 except requests.RequestException as error:
                     report += f"\n  {url}: {_first_cause(error)}"
         kept = f"\n{self.have:,} bytes of it are here and stay: the same command goes on from there"
-        raise DataError(f"{report}\n{self.instructions}{kept if self.have else ''}")
+        raise DataError(f"{report}\n{_by_hand(self.archive, self.folder)}{kept if self.have else ''}")
 
     def fetch(self, session: requests.Session, url: str, pause: Callable[[float], None]) -> None:
         """Brings the part to its full length, in as many goes as it takes while each adds something."""

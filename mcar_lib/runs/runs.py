@@ -7,7 +7,7 @@ is never taken for the run that is asked for.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
 from mcar_lib.runs.fingerprints import accepted
 from mcar_lib.runs.outcome import Outcome
-from mcar_lib.runs.records import RECORD_FORMAT, Failure, Record, Value, kept, read_records, run_id_of
+from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
 from mcar_lib.runs.splits import Data, Splits
 from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, described, train
 from mcar_lib.training import StreamScores, processes
@@ -77,19 +77,9 @@ class Runs:
             "weights": weights_fingerprint(config.backbone, config.weights),
         }
 
-    def known_keys(self, config: RunConfig) -> dict[str, str]:
-        """Those fingerprints that can be taken here: without the data or the weights at hand, the others alone."""
-        keys = {"arithmetic": arithmetic_fingerprint()}
-        with contextlib.suppress(DataError):
-            data = self.data(config)
-            keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
-        with contextlib.suppress(WeightsError):
-            keys["weights"] = weights_fingerprint(config.backbone, config.weights)
-        return keys
-
     def find(self, config: RunConfig) -> Record | None:
         """The current record of a configuration: among the results read first, else among the local ones."""
-        keys = self.known_keys(config)
+        keys = _known_keys(self, config)
 
         def found() -> Record | None:
             records = (record for folder in self._folders() for record in read_records(folder))
@@ -183,11 +173,16 @@ class Runs:
             write_json(self.local_folder / kind / f"{name}.json", found)
         return found
 
-    def place_of(self, found: Sequence[Record | Failure]) -> Path:
-        """Which results/<profile> folder tables of these runs belong to: the one read first if all are from there, else
-        that of own runs, so that the two origins never mix."""
-        is_first = all(isinstance(each, Record) and each.path.is_relative_to(self.folder) for each in found)
-        return self.folder if is_first else self.local_folder
-
     def _folders(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((self.folder, self.local_folder)))
+
+
+def _known_keys(runs: Runs, config: RunConfig) -> dict[str, str]:
+    """Those fingerprints that can be taken here: without the data or the weights at hand, the others alone."""
+    keys = {"arithmetic": arithmetic_fingerprint()}
+    with contextlib.suppress(DataError):
+        data = runs.data(config)
+        keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
+    with contextlib.suppress(WeightsError):
+        keys["weights"] = weights_fingerprint(config.backbone, config.weights)
+    return keys

@@ -1,0 +1,96 @@
+"""How notebooks show and keep what they found: frames of runs, files beside the records, blocks of a page."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from mcar_lib.errors import ResultsError
+from mcar_lib.runs import Failure, Record, RunConfig, Runs
+from mcar_lib.tables import differing, fill_blocks, markdown, save, title_of
+
+TABLE = pd.DataFrame({"value": ["a", "b"], "mAP": [12.3456, None]})
+SMALL = "# Page\n<!-- generated: numbers -->\nold\n<!-- end -->\nrest\n"
+
+
+@pytest.fixture
+def record(runs: Runs, tiny_config: RunConfig) -> Record:
+    return runs.run(tiny_config)
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name in ("tables", "figures")
+    )
+
+
+def test_a_frame_of_runs_has_what_differs_with_model_and_seed(tiny_config: RunConfig) -> None:
+    table = differing(
+        [tiny_config.vary(pooling=pooling, local_stream=local) for local in (False, True) for pooling in ("avg", "max")]
+    )
+    assert list(table) == ["pooling", "model", "seed"]
+    assert table["model"].tolist() == ["global baseline", "global baseline", "MCAR", "MCAR"]
+
+
+def test_tables_and_figures_lie_beside_the_records(runs: Runs, record: Record) -> None:
+    save(runs, [record], {"one": TABLE}, {"one": Figure()})
+    assert written(runs.folder) == ["figures/one.png", "tables/one.csv", "tables/one.md"]
+    assert (runs.folder / "tables/one.csv").read_text() == "value,mAP\na,12.3456\nb,\n"
+    assert (
+        (runs.folder / "tables/one.md").read_text().startswith("profile tiny, 2 epochs; scenes test\n\n| value | mAP |")
+    )
+
+
+def test_saving_again_changes_no_byte(runs: Runs, record: Record) -> None:
+    contents = []
+    for _ in range(2):
+        save(runs, [record], {"one": TABLE}, {"one": Figure()})
+        contents.append([(runs.folder / name).read_bytes() for name in written(runs.folder)])
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("also", ["a run of one's own", "a run that could not be had"])
+def test_committed_tables_hold_committed_records_alone(
+    also: str, open_runs: Callable[..., Runs], tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = open_runs().run(tiny_config)
+    path = tmp_path / "checkout" / "results" / "tiny" / "runs" / made.path.name
+    path.parent.mkdir(parents=True)
+    made.path.rename(path)
+    monkeypatch.setattr("mcar_lib.runs.runs.project_root", lambda: tmp_path / "checkout")
+    runs = open_runs("results")
+    committed = runs.run(tiny_config)
+    other = tiny_config.vary(seed=1)
+    second = runs.run(other) if also.endswith("own") else Failure(other, "no data")
+    save(runs, [committed], {"committed": TABLE})
+    save(runs, [committed, second], {"mixed": TABLE})
+    assert written(runs.folder) == ["tables/committed.csv", "tables/committed.md"]
+    assert written(runs.local_folder) == ["tables/mixed.csv", "tables/mixed.md"]
+
+
+def test_runs_of_which_none_could_be_had_are_an_error_that_says_why(runs: Runs, tiny_config: RunConfig) -> None:
+    with pytest.raises(ResultsError, match="tiny: none of these runs could be had: no photos"):
+        title_of(runs, [Failure(tiny_config, "no photos"), Failure(tiny_config.vary(seed=1), "no photos")])
+
+
+def test_markdown_has_one_digit_three_for_p_and_a_dash_for_nothing() -> None:
+    table = pd.DataFrame({"name": ["x"], "mAP": [56.08], "tiny": [0.0123], "p": [0.0004], "n": [12345], "none": [None]})
+    assert markdown(table).splitlines()[2] == "| x | 56.1 | 0.012 | 0.000 | 12,345 | - |"
+
+
+def test_a_block_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(SMALL)
+    fill_blocks(page, {"numbers": "new\n"})
+    assert page.read_text() == SMALL.replace("old", "new")
+
+
+@pytest.mark.parametrize("blocks", [{}, {"other": "x\n"}, {"numbers": "x\n", "other": "y\n"}])
+def test_blocks_that_the_page_does_not_have_are_an_error(blocks: dict[str, str], tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(SMALL)
+    with pytest.raises(ResultsError, match="mend the markers"):
+        fill_blocks(page, blocks)
+    assert page.read_text() == SMALL
