@@ -22,7 +22,8 @@ from mcar_lib.errors import DataError, ResultsError
 from mcar_lib.notebooks.jobs import compare_runs
 from mcar_lib.runs import STREAMS, Record, Runs, make_config, read_records
 from mcar_lib.runs.outcome import Outcome
-from mcar_lib.runs.trainer import build_model
+from mcar_lib.runs.records import run_id_of
+from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model
 from mcar_lib.submission import write_voc2012_submission
 from mcar_lib.training import evaluate
 
@@ -197,7 +198,7 @@ def test_submit_writes_the_scores_of_a_checkpoint(
 def test_submit_takes_the_weights_of_the_run_that_the_options_name(
     options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Runs, "find", lambda *_: Record(tmp_path, {"run_id": "0123"}))
+    monkeypatch.setattr(Runs, "find", lambda *_: Record(tmp_path, {"run_id": "0123", "keys": {}}))
     weights = tmp_path / "artifacts" / "runs" / "0123" / "model.safetensors"
     done = mcar("submit", "voc2012", *options)
     assert done.exit_code == 4
@@ -205,6 +206,21 @@ def test_submit_takes_the_weights_of_the_run_that_the_options_name(
     model = build_model(make_config(run_config()), 20)
     weights.parent.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    done = mcar("submit", "voc2012", *options)
+    assert done.exit_code == 0, done.output
+
+
+def test_submit_takes_weights_that_todays_arithmetic_left_for_a_record_of_a_former_one(
+    options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"arithmetic": "former", "weights": "w"}
+    monkeypatch.setattr(Runs, "find", lambda *_: Record(tmp_path, {"run_id": "0123", "keys": keys}))
+    config = make_config(run_config())
+    name = run_id_of(config, {**keys, "arithmetic": arithmetic_fingerprint()})
+    weights = tmp_path / "artifacts" / "runs" / name / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    state = build_model(config, 20).state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights)
     done = mcar("submit", "voc2012", *options)
     assert done.exit_code == 0, done.output
 
