@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from PIL import Image, ImageChops, ImageStat
 
 from mcar_lib.errors import ResultsError
 from mcar_lib.files import project_root, write_text
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 P_VALUES = ("p", "p (Holm)")  # shown with three digits
 
 
@@ -64,9 +66,21 @@ def save(
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
-    """Writes a PNG without anything that changes from one day to the next."""
+    """Writes a PNG without anything that changes from one day to the next. One that looks the same stays as it is: the
+    last bits of a picture change with fonts and processors, and would show as a change in git."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    fresh = path.with_name(f".{path.name}")
+    figure.savefig(fresh, format="png", dpi=150, metadata={"Software": None})
+    if path.exists() and same_picture(path, fresh):
+        fresh.unlink()
+    else:
+        fresh.replace(path)
+
+
+def same_picture(a: Path, b: Path) -> bool:
+    """Whether two pictures of one size differ by no more than GREY_LEVELS on average."""
+    one, two = (Image.open(path).convert("RGB") for path in (a, b))
+    return one.size == two.size and max(ImageStat.Stat(ImageChops.difference(one, two)).mean) <= GREY_LEVELS
 
 
 def markdown(table: pd.DataFrame, digits: int = 1) -> str:

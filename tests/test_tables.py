@@ -6,10 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mcar_lib.errors import ResultsError
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
-from mcar_lib.tables import differing, fill_blocks, markdown, save, title_of
+from mcar_lib.tables import differing, fill_blocks, markdown, save, save_figure, title_of
 
 TABLE = pd.DataFrame({"value": ["a", "b"], "mAP": [12.3456, None]})
 SMALL = "# Page\n<!-- generated: numbers -->\nold\n<!-- end -->\nrest\n"
@@ -49,6 +50,22 @@ def test_saving_again_changes_no_byte(runs: Runs, record: Record) -> None:
         save(runs, [record], {"one": TABLE}, {"one": Figure()})
         contents.append([(runs.folder / name).read_bytes() for name in written(runs.folder)])
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(("height", "kept"), [(0.5, True), (0.9, False)])
+def test_a_picture_that_looks_the_same_stays_as_it_is(height: float, kept: bool, tmp_path: Path) -> None:
+    def draw(at: float) -> Figure:
+        made = Figure()
+        made.add_subplot(ylim=(0, 1)).axhspan(0, at)
+        return made
+
+    path = tmp_path / "figures" / "one.png"
+    save_figure(path, draw(0.5))
+    Image.open(path).save(path, compress_level=1)  # other bytes, the same picture
+    before = path.read_bytes()
+    save_figure(path, draw(height))
+    assert (path.read_bytes() == before) is kept
+    assert [each.name for each in path.parent.iterdir()] == ["one.png"]
 
 
 @pytest.mark.parametrize("also", ["a run of one's own", "a run that could not be had"])

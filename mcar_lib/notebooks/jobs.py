@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # A rerun elsewhere differs in the last bit of every sum, and training enlarges that. Of the six mini runs of the main
 # comparison on a CPU with AVX2 and on one with AVX-512, the two furthest apart differed by 0.044 in mAP.
 TOLERANCE = 0.06
-GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 WRITTEN = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")  # by the notebooks
 KINDS = ("evaluations", "regions", "comparisons")  # of records that follow from runs
 
@@ -206,12 +205,11 @@ def drifted(root: Path) -> list[Path]:
 
 def same_file(a: Path, b: Path) -> bool:
     """Whether two files are the same; two pictures may differ by a little grey, which fonts make."""
-    from PIL import Image, ImageChops, ImageStat
+    from mcar_lib.tables import same_picture
 
-    if not (a.exists() and b.exists() and a.suffix == ".png"):
-        return a.exists() and b.exists() and a.read_bytes() == b.read_bytes()
-    one, two = (Image.open(path).convert("RGB") for path in (a, b))
-    return one.size == two.size and max(ImageStat.Stat(ImageChops.difference(one, two)).mean) <= GREY_LEVELS
+    if not (a.exists() and b.exists()):
+        return False
+    return same_picture(a, b) if a.suffix == ".png" else a.read_bytes() == b.read_bytes()
 
 
 def _replace_folder(target: Path, files: Sequence[Path]) -> None:
