@@ -395,17 +395,13 @@ def _record_of(runs: "Runs", config: "RunConfig") -> "Record":
 
 def _trained_weights(runs: "Runs", config: "RunConfig") -> Path:
     """The weights file of a run that was trained before; its data need not be here."""
-    from mcar_lib.runs.fingerprints import accepted
-    from mcar_lib.runs.records import run_id_of
     from mcar_lib.runs.trainer import arithmetic_fingerprint
 
-    record = _record_of(runs, config)
-    same = [{**record.content["keys"], "arithmetic": each} for each in accepted(arithmetic_fingerprint())]
-    ids = dict.fromkeys([record.run_id, *(run_id_of(config, keys) for keys in same)])
-    paths = [runs.artifacts / "runs" / name / "model.safetensors" for name in ids]
-    if found := next((path for path in paths if path.is_file()), None):
-        return found
-    raise WeightsError(f"{paths[0]}: the weights of this run are not on this machine; name some with --checkpoint FILE")
+    keys = {**_record_of(runs, config).content["keys"], "arithmetic": arithmetic_fingerprint()}
+    path = runs.outcome(config, keys).weights
+    if not path.is_file():
+        raise WeightsError(f"{path}: the weights of this run are not on this machine; name some with --checkpoint FILE")
+    return path
 
 
 def _print_metrics(streams: Mapping[str, Any]) -> None:

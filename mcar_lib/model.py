@@ -52,7 +52,7 @@ class MCAR(nn.Module):
 
     features: (B, 3, H, W) -> (B, num_features, H/32, W/32). local_stream=False is the global-only baseline: the same
     code with the second stream off. generator: for selection "random" only. mean, std: by channel, the normalisation
-    of the images that the backbone was trained with (see normalise); they travel with the model.
+    of the images that the backbone was trained with (see data.transforms.network_input); they travel with the model.
     Raises ConfigError on a bad pooling, N, tau or selection.
     Source: the paper's method; logits in place of sigmoids (max and sigmoid commute), which is safe in bf16.
     """

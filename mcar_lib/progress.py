@@ -9,14 +9,18 @@ from tqdm.auto import tqdm
 IN_A_NOTEBOOK = any(base.__name__ == "tqdm_notebook" for base in tqdm.__mro__)  # tqdm has found out
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes
+
+
 def speaks() -> bool:
     """Whether this process talks to the reader: of torchrun's processes the first, of a grid's none but its own."""
-    return os.environ.get("RANK", "0") == "0" and multiprocessing.current_process().name == "MainProcess"
+    return _is_first() and multiprocessing.current_process().name == "MainProcess"
 
 
 def say(line: str) -> None:
     """One lasting line of a run's story (an epoch's result, a fallback), in every setting, from torchrun's first."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print(line, flush=True)
 
 

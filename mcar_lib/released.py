@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcar_lib.backbones import Triple, lookup
-from mcar_lib.data.transforms import normalise, resize_square
+from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import WeightsError
 from mcar_lib.files import project_root, write_atomically
 from mcar_lib.model import MCAR, Output, build_mcar
@@ -46,8 +46,7 @@ class ReleasedModel:
     def network_input(self, photos: Sequence[Tensor]) -> Tensor:
         """Photos, each uint8 (3, H, W) of any size -> normalised (B, 3, S, S) on the model's device."""
         squares = torch.stack([resize_square(photo, self.image_size) for photo in photos])
-        x = normalise(squares.to(self.model.convclass.weight.device), self.model.mean, self.model.std)
-        return x.contiguous(memory_format=torch.channels_last)
+        return network_input(self.model, squares)
 
     @torch.no_grad()
     def predict(self, photos: Sequence[Tensor]) -> Output:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROUNDING = 16  # difference, of 255, that a pixel of a line may have where numbers differ in their last bits
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 P_VALUES = ("p", "p (Holm)")  # shown with three digits
 
@@ -66,12 +67,12 @@ def save(
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
-    """Writes a PNG without anything that changes from one day to the next. One that looks the same stays as it is: the
-    last bits of a picture change with fonts and processors, and would show as a change in git."""
+    """Writes a PNG without anything that changes from day to day. Where no pixel differs by more than ROUNDING,
+    the picture that is there stays: processors round otherwise, and that would show as a change in git."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, format="png", dpi=150, metadata={"Software": None})
-    if path.exists() and same_picture(path, fresh):
+    if path.exists() and (apart := _apart(path, fresh)) and max(high for _, high in apart.extrema) <= ROUNDING:
         fresh.unlink()
     else:
         fresh.replace(path)
@@ -79,8 +80,14 @@ def save_figure(path: Path, figure: "Figure") -> None:
 
 def same_picture(a: Path, b: Path) -> bool:
     """Whether two pictures of one size differ by no more than GREY_LEVELS on average."""
+    apart = _apart(a, b)
+    return apart is not None and max(apart.mean) <= GREY_LEVELS
+
+
+def _apart(a: Path, b: Path) -> ImageStat.Stat | None:
+    """How far the pixels of two pictures lie apart; None for pictures of different sizes."""
     one, two = (Image.open(path).convert("RGB") for path in (a, b))
-    return one.size == two.size and max(ImageStat.Stat(ImageChops.difference(one, two)).mean) <= GREY_LEVELS
+    return ImageStat.Stat(ImageChops.difference(one, two)) if one.size == two.size else None
 
 
 def markdown(table: pd.DataFrame, digits: int = 1) -> str:

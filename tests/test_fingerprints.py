@@ -243,7 +243,7 @@ NO_NUMBERS = {
     "import": ("training.loop", "import time\n", "import time\nimport json\nfrom mcar_lib.intervals import holm\n"),
     "docstring": ("training.loop", '"""Scores (n, K) of every image in order', '"""What the model says'),
     "comment": ("training.loop", "EVALUATION_BATCH = 32", "EVALUATION_BATCH = 32  # fits everywhere"),
-    "annotation": ("training.recipe", "(model: MCAR, images: Tensor) -> Tensor:", "(model: object, images: object):"),
+    "annotation": ("data.transforms", "(model: MCAR, images: Tensor) -> Tensor:", "(model: object, images: object):"),
     "error message": ("training.recipe", "lower learning_rate, or", "lower the rate, or"),
     "told line": ("training.loop", "say(_epoch_line(result,", "say(str(result) + _epoch_line(result,"),
     "text of a told line": ("training.loop", "images/s", "images a second"),

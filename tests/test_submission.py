@@ -198,8 +198,10 @@ def test_submit_writes_the_scores_of_a_checkpoint(
 def test_submit_takes_the_weights_of_the_run_that_the_options_name(
     options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Runs, "find", lambda *_: Record(tmp_path, {"run_id": "0123", "keys": {}}))
-    weights = tmp_path / "artifacts" / "runs" / "0123" / "model.safetensors"
+    keys = {"arithmetic": arithmetic_fingerprint(), "weights": "w"}
+    name = run_id_of(make_config(run_config()), keys)
+    monkeypatch.setattr(Runs, "find", lambda *_: Record(tmp_path, {"run_id": name, "keys": keys}))
+    weights = tmp_path / "artifacts" / "runs" / name / "model.safetensors"
     done = mcar("submit", "voc2012", *options)
     assert done.exit_code == 4
     assert f"{weights}: the weights of this run are not on this machine" in done.stderr

@@ -52,7 +52,7 @@ def test_saving_again_changes_no_byte(runs: Runs, record: Record) -> None:
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize(("height", "kept"), [(0.5, True), (0.9, False)])
+@pytest.mark.parametrize(("height", "kept"), [(0.5, True), (0.9, False), (0.505, False)])
 def test_a_picture_that_looks_the_same_stays_as_it_is(height: float, kept: bool, tmp_path: Path) -> None:
     def draw(at: float) -> Figure:
         made = Figure()

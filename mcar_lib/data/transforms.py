@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
 from mcar_lib.data.image_set import ImageSet, read_in_threads
+from mcar_lib.model import MCAR
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:
@@ -56,6 +57,12 @@ def normalise(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
     return (images.to(torch.float32) / 255.0 - shift) / scale
+
+
+def network_input(model: MCAR, images: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) on any device -> float32 in channels_last on the model's device, normalised as it wants."""
+    images = images.to(model.convclass.weight.device)
+    return normalise(images, model.mean, model.std).contiguous(memory_format=torch.channels_last)
 
 
 class ResizedImages(Dataset[Tensor]):

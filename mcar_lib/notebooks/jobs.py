@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,27 +52,36 @@ def reproduce(
     made = made_folder(folder / "notebooks")
     selected = select_notebooks(notebooks or root / "notebooks", only)
     earlier = read_json(made / "inputs.json") if (made / "inputs.json").exists() else {}
-    outcomes = {}
+    library, outcomes = _library(), {}
     for path in selected:
-        if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, folder):
+        if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, library, folder):
             say(f"{path.stem}: was run before, nothing has changed")
             outcomes[path.stem] = DONE
         else:
             outcomes[path.stem] = run_notebook(path, made / path.name, values)
-    # Taken at the end, when all records are there: a later notebook may have added some.
-    now = {path.stem: _inputs(path, folder) for path in selected if outcomes[path.stem] is DONE}
+    # Taken at the end, when all records and tables are there: a later notebook may have added some.
+    now = {path.stem: _inputs(path, library, folder) for path in selected if outcomes[path.stem] is DONE}
     write_json(made / "inputs.json", {**earlier, **now})
     if folder != committed and (committed / "runs").is_dir():
         compare(committed, folder)
     _raise_if_any([name for name, outcome in outcomes.items() if outcome is FAILED], "failed")
 
 
-def _inputs(notebook: Path, folder: Path) -> str:
-    """A hash of what a notebook's output follows from: its cells, this library, and the profile's run records."""
-    library = Path(__file__).parent.parent
-    sources = (path for kind in ("*.py", "*.toml") for path in library.rglob(kind))
+def _library() -> str:
+    """A hash of this library's files."""
+    top = Path(__file__).parent.parent
+    return _digest(path for kind in ("*.py", "*.toml") for path in top.rglob(kind))
+
+
+def _inputs(notebook: Path, library: str, folder: Path) -> str:
+    """A hash of what a notebook's output follows from: its cells, the library, and the profile's run records and tables
+    (the summary reads those that other notebooks write)."""
+    return f"{library}-{_digest([notebook, *folder.glob('runs/*.json'), *folder.glob('tables/*.csv')])}"
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted([notebook, *sources, *folder.glob("runs/*.json")]):
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -135,12 +144,8 @@ def compare_findings(committed: Path, local: Path) -> "pd.DataFrame":
         frame = pd.concat(rows) if rows else pd.DataFrame(columns=["table", "compared", "difference", "finding"])
         found[side] = frame[["table", "compared", "difference", "finding"]]
     both = found["committed"].merge(found["here"], on=["table", "compared"], suffixes=(" committed", " here"))
-    both["verdict"] = ["same finding" if a == b else "other finding" for a, b in _columns(both, "finding")]
-    return both
-
-
-def _columns(table: "pd.DataFrame", name: str) -> Any:
-    return zip(table[f"{name} committed"], table[f"{name} here"], strict=True)
+    same = both["finding committed"] == both["finding here"]
+    return both.assign(verdict=same.map({True: "same finding", False: "other finding"}))
 
 
 # Publish and report --------------------------------------------------------------------------------------------------

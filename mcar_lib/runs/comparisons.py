@@ -72,20 +72,14 @@ def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) ->
 
 def interval(runs: Runs, group: Sequence[Record | Prediction], epoch: str = "last") -> Mapping[str, Any]:
     """mAP of a group and its 95 % interval over test images, as fractions."""
-    return _compared(runs, group, (), epoch)
+    return compare(runs, group, (), epoch)
 
 
 def compare(
     runs: Runs, a: Sequence[Record | Prediction], b: Sequence[Record | Prediction], epoch: str = "last"
 ) -> Mapping[str, Any]:
-    """mAP(a) - mAP(b), each the mean over its runs, with a paired 95 % interval and its p-value, as fractions."""
-    return _compared(runs, a, b, epoch)
-
-
-def _compared(
-    runs: Runs, a: Sequence[Record | Prediction], b: Sequence[Record | Prediction], epoch: str
-) -> Mapping[str, Any]:
-    """The record of a comparison, or of an interval where b is empty; found again by the runs' ids."""
+    """mAP(a) - mAP(b), each the mean over its runs, with a paired 95 % interval and its p-value, as fractions; with an
+    empty b as interval. Kept as a record that is found again by the runs' ids."""
     sides = [[each.prediction() if isinstance(each, Record) else each for each in side] for side in (a, b)]
     resamples = runs.profile.bootstrap_resamples
     ids = [[each.id for each in side] for side in sides]
@@ -99,7 +93,9 @@ def _compared(
             if b
             else bootstrap_interval(scores[0], targets, resamples)
         )
-        labels = {f"{name}_labels": [each.config.label for each in side] for name, side in zip("ab", sides)}  # noqa: B905
+        labels = {
+            f"{name}_labels": [each.config.label for each in side] for name, side in zip("ab", sides, strict=True)
+        }
         of_runs = sorted({each.record.run_id for side in sides for each in side})
         return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **asdict(found)}
 
@@ -134,7 +130,8 @@ def summarise(runs: Runs, group: Sequence[Found]) -> dict[str, Any]:
         return {**cells, "note": failed[0]}
     there = [each.prediction() if isinstance(each, Record) else each for each in group if not isinstance(each, Failure)]
     cells["mAP"] = 100 * fmean(each.map() for each in there)
-    cells |= {end: 100 * interval(runs, there)[end] for end in ("low", "high")}
+    found = interval(runs, there)
+    cells |= {end: 100 * found[end] for end in ("low", "high")}
     cells["M parameters"] = there[0].cost["parameters"] / 1e6
     cells["GMACs an image"] = there[0].cost["macs_per_image"] / 1e9
     cells["ms an image"] = fmean(each.cost["milliseconds_per_image"] for each in there)

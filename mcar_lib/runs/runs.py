@@ -21,9 +21,8 @@ from mcar_lib.runs.fingerprints import accepted
 from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
 from mcar_lib.runs.splits import Data, Splits
-from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, described, train
+from mcar_lib.runs.trainer import arithmetic_fingerprint, described, load_model, train
 from mcar_lib.training import StreamScores, processes
-from mcar_lib.weights import load_named, read_state_dict
 
 
 class Runs:
@@ -123,10 +122,10 @@ class Runs:
 
     # What a run leaves on this machine ------------------------------------------------------------------------------
 
-    def outcome(self, config: RunConfig) -> Outcome:
+    def outcome(self, config: RunConfig, keys: Mapping[str, str] | None = None) -> Outcome:
         """The place of a run's weights and scores; whether they are there is another question. What former arithmetic
-        of the same numbers has left is as good as today's."""
-        keys = self.keys(config)
+        of the same numbers has left is as good as today's. keys: today's, where its data is not to be read for them."""
+        keys = keys or self.keys(config)
         former = ({**keys, "arithmetic": each} for each in accepted(keys["arithmetic"]))
         places = [self._place(run_id_of(config, each)) for each in former]
         return next((place for place in places if place.is_here()), places[0])
@@ -150,9 +149,7 @@ class Runs:
     def trained_model(self, config: RunConfig, **changes: Value) -> MCAR:
         """The model of a run with its last weights, in evaluation mode; changes: num_regions, threshold, selection."""
         weights = self.trained(config).weights
-        mcar = build_model(config.vary(**changes), len(self.data(config).train.classes), weights="none")
-        load_named(mcar, read_state_dict(weights), str(weights))
-        return mcar.eval()
+        return load_model(config.vary(**changes), len(self.data(config).train.classes), weights).eval()
 
     def scores(self, config: RunConfig, epoch: str = "last") -> StreamScores:
         """Test scores of a run at its last or best epoch; trained where they are not on this machine.

@@ -1,5 +1,6 @@
 """Training: the recipe, the loop that fits and evaluates, checkpoints, and the processes that share a run."""
 
+from mcar_lib.data.transforms import network_input
 from mcar_lib.training import processes
 from mcar_lib.training.checkpoint import CHECKPOINT, PREVIOUS, EpochResult, Fit
 from mcar_lib.training.loop import EVALUATION_BATCH, evaluate, fit, keep_freed_memory, stream_map
@@ -18,7 +19,6 @@ from mcar_lib.training.recipe import (
     build_optimizer,
     build_schedule,
     forward_in_groups,
-    network_input,
     parameter_groups,
     seed_everything,
     training_step,

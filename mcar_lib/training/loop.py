@@ -18,7 +18,7 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.transforms import ResizedImages, network_input
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, format_seconds, say
@@ -35,7 +35,6 @@ from mcar_lib.training.recipe import (
     batch_scores,
     build_optimizer,
     build_schedule,
-    network_input,
     seed_everything,
     training_step,
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
-from mcar_lib.data.transforms import ResizedImages, augment, normalise, sample_generator
+from mcar_lib.data.transforms import ResizedImages, augment, sample_generator
 from mcar_lib.errors import ConfigError, TrainingError
 from mcar_lib.model import MCAR, Output, fuse, mcar_loss
 from mcar_lib.training import processes
@@ -130,12 +130,6 @@ def seed_everything(model: MCAR, seed: int, epoch: int, stream: int) -> None:
     torch.manual_seed(number)
     if model.generator is not None:
         model.generator.manual_seed(number)
-
-
-def network_input(model: MCAR, images: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S) on any device -> float32 in channels_last on the model's device, normalised as it wants."""
-    images = images.to(model.convclass.weight.device)
-    return normalise(images, model.mean, model.std).contiguous(memory_format=torch.channels_last)
 
 
 class StepLoss(NamedTuple):
