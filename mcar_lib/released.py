@@ -139,12 +139,12 @@ def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
         "AP": each.tolist(),
         "environment": record.content["environment"],
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda partial: save_file(rounded, partial, {METADATA: json.dumps(about)}))
-        path.chmod(0o644)  # safetensors lets only its owner read it
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
+
+    def write(partial: Path) -> None:
+        save_file(rounded, partial, {METADATA: json.dumps(about)})
+        partial.chmod(0o644)  # safetensors lets only its owner read it
+
+    write_atomically(path, write, WeightsError, "choose another --output")
     return load_released(path)
 
 

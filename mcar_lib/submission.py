@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.voc import VOC_CLASSES
-from mcar_lib.errors import ResultsError
 from mcar_lib.files import write_atomically
 
 FOLDER = "results/VOC2012/Main"
@@ -38,11 +37,7 @@ def write_voc2012_submission(
     column = {name: number for number, name in enumerate(classes)}
     values = scores.numpy() if scores.is_floating_point() and scores.dtype.itemsize >= 4 else scores.float().numpy()
     texts = {name: _score_file(image_ids, values[:, column[name]]) for name in VOC_CLASSES}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda written: written.write_bytes(_archive(texts)))
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be written ({error.strerror}); choose another --output") from error
+    write_atomically(path, lambda partial: partial.write_bytes(_archive(texts)), advice="choose another --output")
     return path
 
 

@@ -318,8 +318,8 @@ def test_a_record_with_an_edited_configuration_is_not_taken(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[]", "holds no JSON object"),
+        ("{", "expected a JSON object, but"),
+        ("[]", "expected a JSON object, found list"),
         ("{}", "not a run record of format 1; move it away"),
     ],
     ids=["broken", "no object", "another format"],
