@@ -298,14 +298,14 @@ FOR_SCORES = "from typing import NamedTuple\nfrom mcar_lib.model import fuse\n"
 @pytest.mark.parametrize(
     ("place", "name", "to", "imports"),
     [
-        ("metrics", "_harmonic_mean", "files", ""),
+        ("metrics", "_harmonic_mean", "weights", ""),
         ("regions", "_scale", "metrics", ""),
         ("regions", "MARGIN", "errors_of_numbers", ""),
         ("regions", "_widen", "geometry", "import math\nimport torch\nfrom mcar_lib.regions import MARGIN\n"),
         (
             "training.recipe",
             "StreamScores",
-            "files",
+            "weights",
             FOR_SCORES,
         ),
     ],
