@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mcar_lib.errors import ConfigError
@@ -43,8 +44,8 @@ def bootstrap_interval(
 ) -> BootstrapInterval:
     """Percentile interval of one model's mAP over resamples of the test images.
 
-    It says how far mAP depends on which images were tested, not on the training seed. The copies of an image
-    in a resample are one tied group, each with the precision at the group's end; this lifts a resample's mAP
+    It says how far mAP depends on which images were tested, not on the training seed. Equal scores share one rank, as
+    in average_precision, and so do the copies of an image in a resample; this lifts a resample's mAP
     a little (with few positives a class, by a fraction of the interval's width). A class without positives in
     a resample is left out of its mAP; a resample with no positive at all is left out, and num_resamples
     counts the rest. The source is this project: neither the paper nor its released code gives intervals.
@@ -114,42 +115,46 @@ def paired_bootstrap(
 class _RankedColumns:
     """The rankings of all (seed, class) columns with positives, end to end, each cut after its last positive.
 
-    Sorted once; a resample is then only a weight for each image. Every positive closes the segment of images
-    ranked between it and the positive before it, so its rank is a running sum over the segments of its
-    column.
+    Sorted once; a resample is then only a weight for each image. A group is the images of one score among which is a
+    positive. It closes the segment of images ranked after the group before it, so its rank is a running sum over the
+    segments of its column.
     """
 
     images: np.ndarray  # (L,) image index of each ranked entry
-    segment_starts: np.ndarray  # (P,) where in images the segment of each positive begins
+    segment_starts: np.ndarray  # (G,) where in images the segment of each group begins
     positive_images: np.ndarray  # (P,) image index of each positive
-    column_starts: np.ndarray  # (C,) first positive of each column
-    column_sizes: np.ndarray  # (C,) positives of each column
+    group_starts: np.ndarray  # (G,) first positive of each group
+    column_starts: np.ndarray  # (C,) first group of each column
+    column_sizes: np.ndarray  # (C,) groups of each column
 
     @classmethod
     def of(cls, scores: Tensor, targets: Tensor) -> "_RankedColumns":
         """Rank scores (S, n, K) or (n, K) against targets (n, K)."""
         columns = scores.movedim(-2, 0).flatten(start_dim=1)  # (n, S * K)
-        order, ranked = rank_images(columns, targets.repeat(1, columns.shape[1] // targets.shape[1]))
+        order, ranked, ends = rank_images(columns, targets.repeat(1, columns.shape[1] // targets.shape[1]))
         positive = ranked == 1
         if not positive.any():
             raise ConfigError("targets have no positive (1) in any class, so there is no mAP to resample")
-        positives_from_here = positive.flip(1).cumsum(dim=1).flip(1)
-        kept = (ranked >= 0) & (positives_from_here > 0)
+        last = torch.where(positive, ends, -1).amax(dim=1, keepdim=True)
+        kept = (ranked >= 0) & (ends <= last)
+        num_columns, num_images = ranked.shape
+        same_score = (ends + num_images * torch.arange(num_columns)[:, None])[kept].numpy()  # ascends
         images, is_positive = order[kept].numpy(), positive[kept].numpy()
-        segment_ends = np.flatnonzero(is_positive) + 1
-        num_positive = positive.sum(dim=1)
-        sizes = num_positive[num_positive > 0].numpy()
+        groups, group_starts = np.unique(same_score[is_positive], return_index=True)
+        segment_ends = np.searchsorted(same_score, groups, side="right")
+        sizes = np.unique(groups // num_images, return_counts=True)[1]
         return cls(
             images=images,
             segment_starts=np.concatenate([[0], segment_ends[:-1]]),
             positive_images=images[is_positive],
+            group_starts=group_starts,
             column_starts=np.cumsum(sizes) - sizes,
             column_sizes=sizes,
         )
 
     def mean_average_precision(self, counts: np.ndarray) -> float:
         """mAP where image i occurs counts[i] times, mean over seeds; NaN when no positive occurs."""
-        copies = counts[self.positive_images]  # (P,)
+        copies = np.add.reduceat(counts[self.positive_images], self.group_starts)  # (G,)
         hits = self._running_sum(copies)
         rank = self._running_sum(np.add.reduceat(counts[self.images], self.segment_starts))
         precision = copies * hits / np.maximum(rank, 1)

@@ -52,9 +52,9 @@ class Objects(NamedTuple):
 class ClassRegions(NamedTuple):
     """What the module finds for every class of every image; N and the selection only choose among these.
 
-    scores: (n, K) float32 global scores. boxes: (n, K, 4) int64. peaks: (n, K, 2) float64 x y, the centre of the pixel
-    in which the upsampled map of the class is highest; cells: the same for the map before upsampling. Among equal
-    maxima the first in reading order counts. size: S.
+    scores: (n, K) float32 global scores, as logits. boxes: (n, K, 4) int64. peaks: (n, K, 2) float64 x y, the centre of
+    the pixel in which the upsampled map of the class is highest; cells: the same for the map before upsampling. Among
+    equal maxima the first in reading order counts. size: S.
     """
 
     scores: Tensor
@@ -101,10 +101,10 @@ def annotated_objects(images: ImageSet, size: int) -> Objects:
 
 @torch.no_grad()
 def class_maps(model: MCAR, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the region module is given: global scores (B, K), and the maps (B, K, h, w) of all classes before the
+    """What the region module is given: global scores (B, K) and the maps (B, K, h, w) of all classes, both before the
     sigmoid, of images uint8 (B, 3, S, S)."""
     feature_map = model.features(network_input(model, images))
-    return torch.sigmoid(model.classify(model.pool(feature_map))), model.class_logits(feature_map)
+    return model.classify(model.pool(feature_map)), model.class_logits(feature_map)
 
 
 @torch.no_grad()

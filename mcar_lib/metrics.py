@@ -1,12 +1,13 @@
 """Multi-label metrics of the paper's protocol: AP, mAP, CP/CR/CF1, OP/OR/OF1.
 
-The definitions are those of the paper's released code. n is the number of images, K of classes.
+The definitions are those of the paper's released code, but for equal scores. n is the number of images, K of classes.
 Scores are any real numbers of which higher means more likely, infinities included; targets are 1 (present), 0
 (absent) and -1 (difficult). Tensors of any device and NumPy arrays are accepted, the arithmetic is float64 on
 the CPU, and the metrics are fractions in [0, 1].
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,31 +16,40 @@ from torch import Tensor
 from mcar_lib.errors import ConfigError
 
 Array = Tensor | np.ndarray
+Ties = Literal["shared", "file order"]
 
 
-def average_precision(scores: Array, targets: Array) -> Tensor:
+def average_precision(scores: Array, targets: Array, ties: Ties = "shared") -> Tensor:
     """Average precision of each class, not interpolated: mean over the positives of precision at their rank.
 
-    Equal scores of a class are ranked by image index, lower first, as in the paper's released code.
+    Images with equal scores of a class share one rank, the last of theirs, as in scikit-learn: so the order of the
+    images does not matter, and a constant score has the share of the positives.
 
     Args:
         scores: (n, K) real numbers.
         targets: (n, K) of 1, 0 and -1; an image with -1 is skipped for that class.
+        ties: "file order" ranks equal scores by image index, lower first, as the paper's released code does. A table
+            that is sorted by class then gains from every tie; only to equal recorded outputs of that code.
 
     Returns:
         (K,) float64 in [0, 1]; NaN for a class without positives.
 
     Raises:
-        ConfigError: shapes differ, are not (n, K) or empty; a score is NaN; a target is not 1, 0 or -1.
+        ConfigError: shapes differ, are not (n, K) or empty; a score is NaN; a target is not 1, 0 or -1; ties is
+            neither of the two.
 
     >>> scores = torch.tensor([[0.9, 0.2], [0.8, 0.7], [0.4, 0.1], [0.3, 0.6]])
     >>> average_precision(scores, torch.tensor([[1, 0], [0, -1], [1, 0], [0, 1]]))
     tensor([0.8333, 1.0000], dtype=torch.float64)
     """
-    _, ranked = rank_images(*check_inputs(scores, targets))
+    if ties not in ("shared", "file order"):
+        raise ConfigError(f"ties is {ties!r}; choose shared or file order")
+    _, ranked, ends = rank_images(*check_inputs(scores, targets))
     positive = ranked == 1
     hits = positive.cumsum(dim=1)  # (K, n) positives at this rank or above
     rank = (ranked >= 0).cumsum(dim=1)  # (K, n) images at this rank or above, the skipped ones not counted
+    if ties == "shared":
+        hits, rank = hits.gather(1, ends), rank.gather(1, ends)
     precision = torch.where(positive, hits.double() / rank, 0.0)
     return precision.sum(dim=1) / positive.sum(dim=1)
 
@@ -101,10 +111,14 @@ def multilabel_metrics(
     }
 
 
-def rank_images(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Image indices by descending score, and their targets, each (K, n)."""
-    order = scores.T.contiguous().sort(dim=1, descending=True, stable=True).indices
-    return order, targets.T.gather(1, order)
+def rank_images(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Image indices by descending score, their targets, and the last position of the same score, each (K, n)."""
+    ranked, order = scores.T.contiguous().sort(dim=1, descending=True, stable=True)
+    is_last = torch.ones_like(order, dtype=torch.bool)
+    is_last[:, :-1] = ranked[:, :-1] != ranked[:, 1:]
+    position = torch.arange(ranked.shape[1]).expand_as(order)
+    ends = torch.where(is_last, position, ranked.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return order, targets.T.gather(1, order), ends
 
 
 def _predict(scores: Tensor, threshold: float, top_k: int | None) -> Tensor:

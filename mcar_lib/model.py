@@ -43,7 +43,7 @@ class Output(NamedTuple):
 
 
 def fuse(global_scores: Tensor, local_scores: Tensor) -> Tensor:
-    """The paper's prediction max(g, l), element by element; scores in [0, 1] of any one shape."""
+    """The paper's prediction max(g, l), element by element; scores, or their logits, of any one shape."""
     return torch.maximum(global_scores, local_scores)
 
 
@@ -122,15 +122,16 @@ class MCAR(nn.Module):
     @torch.no_grad()
     def find_regions(self, feature_map: Tensor, global_logits: Tensor, image_size: Sequence[int]) -> Regions:
         """The region module on features (B, C, h, w) and global logits (B, K); carries no gradient."""
-        return attentional_regions(
+        found = attentional_regions(
             self.class_logits(feature_map),
-            torch.sigmoid(global_logits),
+            global_logits,  # sigmoids saturate, and the lower of two classes at 1.0 would be chosen
             (int(image_size[0]), int(image_size[1])),
             self.num_regions,
             self.threshold,
             self.selection,
             self.generator,
         )
+        return found._replace(scores=torch.sigmoid(found.scores))
 
 
 def mcar_loss(output: Output, targets: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_scores import random_case
+from sklearn.metrics import average_precision_score
 
 import mcar_lib.intervals
 from mcar_lib.errors import ConfigError
@@ -21,24 +22,19 @@ FLOAT64 = 1e-12  # two float64 computations of the same fraction
 
 
 def naive_bootstrap(score_sets, targets, num_resamples, seed):
-    """Mean mAP over seeds of each explicitly indexed resample; an image's copies end at one common rank."""
+    """Mean mAP over seeds of each explicitly indexed resample, by scikit-learn, where equal scores share a rank."""
     num_images, num_classes = targets.shape
     generator = np.random.default_rng(seed)
     samples = []
     for _ in range(num_resamples):
-        drawn = generator.integers(num_images, size=num_images).tolist()
+        drawn = generator.integers(num_images, size=num_images)
         seed_maps = []
         for scores in score_sets:
             aps = []
             for k in range(num_classes):
-                ranked = sorted((i for i in drawn if targets[i, k] >= 0), key=lambda i: (-scores[i, k], i))
-                precisions = []
-                for image in ranked:
-                    if targets[image, k] == 1:
-                        end = len(ranked) - ranked[::-1].index(image)
-                        precisions.append(sum(targets[i, k] == 1 for i in ranked[:end]) / end)
-                if precisions:
-                    aps.append(sum(precisions) / len(precisions))
+                kept = drawn[targets[drawn, k] >= 0]
+                if (targets[kept, k] == 1).any():
+                    aps.append(average_precision_score(targets[kept, k], scores[kept, k]))
             seed_maps.append(sum(aps) / len(aps) if aps else math.nan)
         samples.append(sum(seed_maps) / len(seed_maps))
     return np.array([sample for sample in samples if not math.isnan(sample)])
@@ -101,6 +97,21 @@ def test_swapping_the_models_mirrors_the_result():
     back = paired_bootstrap(scores[1], scores[0], targets, num_resamples=101)
     assert (forth.difference, forth.p_value) == (-back.difference, back.p_value)
     assert [forth.low, forth.high] == pytest.approx([-back.high, -back.low], abs=FLOAT64)
+
+
+def test_constant_scores_are_resampled_to_the_share_of_the_positives():
+    targets = np.repeat([1, 0], 50)[:, None]
+    result = bootstrap_interval(np.zeros((100, 1)), targets, num_resamples=200)
+    assert result.mAP == 0.5
+    assert 0.35 < result.low < 0.5 < result.high < 0.65
+
+
+def test_the_order_of_the_images_does_not_change_map():
+    scores, targets = random_case(60, 5, 0.3, seed=12)
+    orders = [
+        bootstrap_interval(scores.round(1)[order], targets[order], 1) for order in (slice(None), slice(None, None, -1))
+    ]
+    assert orders[0].mAP == pytest.approx(orders[1].mAP, abs=FLOAT64)
 
 
 def test_bootstrap_repeats_by_seed():

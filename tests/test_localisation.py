@@ -160,7 +160,7 @@ def test_regions_of_the_chosen_classes_are_those_of_the_model(
     with torch.no_grad():
         expected = model(network_input(model, torch.stack([squares[i] for i in range(len(squares))]))).regions
     assert torch.equal(found.boxes.gather(1, expected.classes[..., None].expand(-1, -1, 4)), expected.boxes)
-    torch.testing.assert_close(found.scores.gather(1, expected.classes), expected.scores)
+    torch.testing.assert_close(torch.sigmoid(found.scores.gather(1, expected.classes)), expected.scores)
 
 
 def test_peaks_are_where_the_upsampled_maps_are_highest(

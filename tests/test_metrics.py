@@ -30,7 +30,7 @@ RELEASE_ORDER = ("OP", "OR", "OF1", "CP", "CR", "CF1")
 
 
 def loop_average_precision(scores, targets):
-    """One class by plain loops; scores and targets are lists."""
+    """One class by plain loops, equal scores in file order; scores and targets are lists."""
     ranked = sorted(
         (-score, image, target)
         for image, (score, target) in enumerate(zip(scores, targets, strict=True))
@@ -44,6 +44,12 @@ def loop_average_precision(scores, targets):
     return sum(precisions) / len(precisions) if precisions else math.nan
 
 
+def sklearn_average_precision(scores, targets):
+    """One class by scikit-learn, difficult images dropped; NaN without a positive."""
+    kept = targets >= 0
+    return average_precision_score(targets[kept], scores[kept]) if (targets == 1).any() else math.nan
+
+
 # Against the release
 
 
@@ -52,7 +58,7 @@ def test_average_precision_matches_release(case):
     golden = np.load(GOLDEN)
     release_targets = golden[f"case{case}_targets"]  # 1 present, -1 absent, 0 difficult
     targets = np.select([release_targets == 1, release_targets == 0], [1, -1], 0)
-    ours = average_precision(golden[f"case{case}_scores"], targets)
+    ours = average_precision(golden[f"case{case}_scores"], targets, ties="file order")
     np.testing.assert_allclose(ours, golden[f"case{case}_ap"], atol=FLOAT32, rtol=0)
 
 
@@ -75,9 +81,7 @@ def test_precision_recall_f1_match_release(case, name, top_k):
 @pytest.mark.parametrize("difficult", [0.0, 0.2])
 def test_average_precision_matches_sklearn(num_images, num_classes, prevalence, difficult):
     scores, targets = random_case(num_images, num_classes, prevalence, seed=1, difficult=difficult)
-    expected = []
-    for column, target in zip(scores.T, targets.T, strict=True):
-        expected.append(average_precision_score(target[target >= 0], column[target >= 0]))
+    expected = [sklearn_average_precision(*pair) for pair in zip(scores.T, targets.T, strict=True)]
     ours = average_precision(scores, targets)
     assert ours.dtype == torch.float64
     np.testing.assert_allclose(ours, expected, atol=FLOAT64, rtol=0)
@@ -142,13 +146,20 @@ def cases(draw, tied=False, lowest_target=-1):
 
 @seeded
 @given(cases(tied=True))
-def test_average_precision_equals_plain_loop(case):
+def test_average_precision_in_file_order_equals_plain_loop(case):
     scores, targets = case
     expected = [
         loop_average_precision(column.tolist(), target.tolist())
         for column, target in zip(scores.T, targets.T, strict=True)
     ]
-    np.testing.assert_allclose(average_precision(scores, targets), expected, atol=FLOAT64, rtol=0)
+    np.testing.assert_allclose(average_precision(scores, targets, "file order"), expected, atol=FLOAT64, rtol=0)
+
+
+@seeded
+@given(cases(tied=True))
+def test_tied_scores_share_a_rank_as_in_sklearn(case):
+    expected = [sklearn_average_precision(*pair) for pair in zip(case[0].T, case[1].T, strict=True)]
+    np.testing.assert_allclose(average_precision(*case), expected, atol=FLOAT64, rtol=0)
 
 
 @seeded
@@ -160,8 +171,8 @@ def test_average_precision_ignores_strictly_monotone_transforms(case, transform)
 
 
 @seeded
-@given(cases(), st.randoms(use_true_random=False))
-def test_average_precision_ignores_image_order_without_ties(case, random):
+@given(cases(tied=True), st.randoms(use_true_random=False))
+def test_average_precision_ignores_image_order(case, random):
     scores, targets = case
     order = list(range(len(scores)))
     random.shuffle(order)
@@ -191,9 +202,13 @@ def test_difficult_images_count_as_if_dropped(case):
             assert ap[k].isnan()
 
 
-def test_tied_scores_rank_by_image_index():
-    scores = np.zeros((2, 2))
-    assert average_precision(scores, np.array([[1, 0], [0, 1]])).tolist() == [1.0, 0.5]
+def test_constant_scores_have_the_share_of_the_positives():
+    scores, targets = np.zeros((4, 2)), np.array([[1, 0], [0, -1], [0, 0], [0, 1]])
+    assert average_precision(scores, targets).tolist() == [1 / 4, 1 / 3]
+
+
+def test_file_order_ranks_tied_scores_by_image_index():
+    assert average_precision(np.zeros((2, 2)), np.array([[1, 0], [0, 1]]), "file order").tolist() == [1.0, 0.5]
 
 
 def test_infinite_scores_rank_first_and_last():
@@ -319,6 +334,11 @@ def test_wrong_inputs_are_named(metric, scores, targets, message):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         multilabel_metrics(np.ones((3, 2)), np.ones((3, 2)), **options)
+
+
+def test_a_rule_for_ties_that_is_none_is_named():
+    with pytest.raises(ConfigError, match="ties is 'first'; choose shared or file order"):
+        average_precision(np.ones((2, 1)), np.ones((2, 1)), ties="first")
 
 
 def test_docstring_examples_hold():

@@ -111,6 +111,14 @@ def test_regions_come_from_the_global_scores(tiny: Callable[..., MCAR], images: 
     assert torch.equal(output.regions.classes, top.indices)
 
 
+def test_regions_are_of_the_highest_classes_where_sigmoids_saturate(tiny: Callable[..., MCAR], images: Tensor) -> None:
+    made = tiny(num_regions=2).eval()
+    with torch.no_grad():
+        made.convclass.bias += torch.arange(100.0, 100.0 + len(made.convclass.bias))
+    last = made.convclass.out_channels - 1
+    assert made(images).regions.classes.tolist() == [[last, last - 1]] * len(images)
+
+
 def test_global_only_model_gives_the_same_global_logits(tiny: Callable[..., MCAR], images: Tensor) -> None:
     both, one = tiny().eval(), tiny(local_stream=False).eval()
     assert torch.equal(both(images).global_logits, one(images).global_logits)

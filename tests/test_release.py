@@ -1,6 +1,7 @@
 """Checkpoints of the paper's release from the command line: what their names say, and the scores they get."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def score(model: MCAR, images: ImageSet) -> StreamScores:
 def expected_lines(scores: StreamScores, targets: torch.Tensor) -> list[str]:
     lines = []
     for name, stream in zip(STREAMS, (*scores, scores.fused), strict=True):
-        for point, limits in OPERATING_POINTS.items():
-            found = multilabel_metrics(stream, targets, *limits)
+        for point, (threshold, top_k) in OPERATING_POINTS.items():
+            logit = math.log(threshold / (1 - threshold)) if threshold > 0 else threshold
+            found = multilabel_metrics(stream, targets, logit, top_k)
             values = " ".join(f"{100 * found[key]:.2f}" for key in ("mAP", "CP", "CR", "CF1", "OP", "OR", "OF1"))
             lines.append(f"{name} {point} {values}")
     return lines

@@ -44,7 +44,7 @@ def test_a_file_predicts_what_its_run_does_up_to_the_rounding(
     path, _ = exported
     released, test = mcar_lib.load(path), runs.data(tiny_config).test
     output = released.predict([test.image(index) for index in range(len(test))])
-    expected = runs.scores(tiny_config).fused
+    expected = torch.sigmoid(runs.scores(tiny_config).fused)
     assert output.scores.shape == expected.shape
     assert torch.allclose(output.scores, expected, atol=5e-3)
     assert not torch.equal(output.scores, expected)  # it is rounded
@@ -75,7 +75,7 @@ def test_an_exported_baseline_predicts_what_its_run_does_up_to_the_rounding(
     test = runs.data(config).test
     output = released.predict([test.image(index) for index in range(len(test))])
     assert (output.local_logits, output.regions) == (None, None)
-    assert torch.allclose(output.scores, runs.scores(config).global_scores, atol=2e-3)
+    assert torch.allclose(output.scores, torch.sigmoid(runs.scores(config).global_scores), atol=2e-3)
     assert torch.equal(output.scores, torch.sigmoid(output.global_logits))
     card = card_text("baseline", released.about)
     assert "The global baseline of MCAR over tiny" in card

@@ -514,8 +514,21 @@ def test_scores_are_in_the_order_of_the_images(
     test, made = scene_squares[1], tiny_model().eval()
     image = network_input(made, test[9][None])
     with torch.no_grad():
-        expected = torch.sigmoid(made(image).global_logits)[0]
+        expected = made(image).global_logits[0]
     torch.testing.assert_close(evaluate(made, test, verbose=False).global_scores[9], expected)
+
+
+def test_scores_of_a_diverged_model_still_differ(
+    scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callable[..., MCAR]
+) -> None:
+    """Their sigmoids are all 1."""
+    test, made = scene_squares[1], tiny_model().eval()
+    with torch.no_grad():
+        made.convclass.weight *= 1000
+        made.convclass.bias += 2000
+    scores = evaluate(made, test, verbose=False).fused
+    assert torch.sigmoid(scores).unique().tolist() == [1.0]
+    assert all(len(column.unique()) == len(test) for column in scores.T)
 
 
 def test_scores_do_not_depend_on_the_batch(

@@ -47,7 +47,7 @@ def stream_metrics(scores: StreamScores, test: ImageSet) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, stream in by_stream(scores).items():
         points = {
-            point: multilabel_metrics(stream, test.targets, threshold, top_k and min(top_k, stream.shape[1]))
+            point: multilabel_metrics(stream, test.targets, _logit(threshold), top_k and min(top_k, stream.shape[1]))
             for point, (threshold, top_k) in OPERATING_POINTS.items()
         }
         found[name] = {
@@ -57,6 +57,11 @@ def stream_metrics(scores: StreamScores, test: ImageSet) -> dict[str, Any]:
             "at": {point: {key: values[key] for key in LABEL_METRICS} for point, values in points.items()},
         }
     return found
+
+
+def _logit(probability: float) -> float:
+    """In the units of the scores; -inf, below every score, stays."""
+    return math.log(probability / (1 - probability)) if math.isfinite(probability) else probability
 
 
 def count_macs(mcar: MCAR, image_size: int) -> int:

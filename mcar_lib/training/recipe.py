@@ -160,7 +160,10 @@ def training_step(
 
 
 class StreamScores(NamedTuple):
-    """Scores in [0, 1], float32 (n, K), of each stream; local is the global one with the local stream off."""
+    """Scores of each stream, float32 (n, K), as logits: sigmoids saturate, and make ties of what differs.
+
+    Local is the global one with the local stream off.
+    """
 
     global_scores: Tensor
     local_scores: Tensor
@@ -175,7 +178,5 @@ class StreamScores(NamedTuple):
 def batch_scores(model: nn.Module, images: Tensor) -> StreamScores:
     """Scores of one normalised batch (B, 3, S, S), on the CPU."""
     output = model(images)
-    global_scores = torch.sigmoid(output.global_logits.float()).cpu()
-    if output.local_logits is None:
-        return StreamScores(global_scores, global_scores)
-    return StreamScores(global_scores, torch.sigmoid(output.local_logits.float()).cpu())
+    local_logits = output.global_logits if output.local_logits is None else output.local_logits
+    return StreamScores(output.global_logits.float().cpu(), local_logits.float().cpu())
