@@ -26,7 +26,7 @@ def checkout() -> Path | None:
 
 
 def project_root() -> Path:
-    """The checkout, whatever the working folder is; without one the working folder, which gets results and artifacts."""
+    """The checkout, wherever one works; without one the working folder, which then gets results and artifacts."""
     return checkout() or Path.cwd()
 
 

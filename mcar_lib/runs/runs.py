@@ -45,8 +45,8 @@ class Runs:
         root = project_root()
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         committed = (root / "results").resolve()
-        place = user_path(results or "results")
-        self.results = (root / place if place.parts[:1] == ("results",) else place).resolve()
+        asked = user_path(results or "results")
+        self.results = (root / asked if asked.parts[:1] == ("results",) else asked).resolve()
         self.local = committed / "local" if self.results == committed else self.results
         self.artifacts = user_path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
         data_root = data_root or os.environ.get("MCAR_DATA")
