@@ -19,7 +19,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich import box
 from rich.console import Console
@@ -102,27 +101,20 @@ class Action(StrEnum):
 # Options that commands share -----------------------------------------------------------------------------------------
 
 
-class UserPath(click.ParamType[Path]):
-    """A path that a reader typed."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        try:
-            return user_path(value)
-        except ConfigError as error:
-            self.fail(str(error), param, ctx)
+def _typed_path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
-PATH = UserPath()
+PATH: dict[str, Any] = {"parser": _typed_path, "metavar": "<path>"}
 ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, photos, paper, or a path ending in .toml.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the run, as in TOML; repeatable.")]
-ResultsFolder = Annotated[
-    Path | None, typer.Option("--results", click_type=PATH, help="Where own results go (results/local).")
-]
-DataRoot = Annotated[Path | None, typer.Option("--data-root", click_type=PATH, help="Where photos are ($MCAR_DATA).")]
+ResultsFolder = Annotated[Path | None, typer.Option("--results", **PATH, help="Where own results go (results/local).")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", **PATH, help="Where photos are ($MCAR_DATA).")]
 Artifacts = Annotated[
-    Path | None, typer.Option("--artifacts", click_type=PATH, help="Weights, scores, scenes ($MCAR_ARTIFACTS).")
+    Path | None, typer.Option("--artifacts", **PATH, help="Weights, scores, scenes ($MCAR_ARTIFACTS).")
 ]
 Release = Annotated[
     bool, typer.Option("--release", help="The checkpoint is one of the paper's release; its name says its settings.")
@@ -306,9 +298,7 @@ def train(
 def evaluate(
     asked: Asked,
     best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
-    checkpoint: Annotated[
-        Path | None, typer.Option(click_type=PATH, help="Weights to score on the test split.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(**PATH, help="Weights to score on the test split.")] = None,
     release: Release = False,
 ) -> None:
     """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing.
@@ -331,7 +321,7 @@ def evaluate(
 def export(
     asked: Asked,
     output: Annotated[
-        Path, typer.Option(click_type=PATH, help="The .safetensors file to write; its model card goes beside it.")
+        Path, typer.Option(**PATH, help="The .safetensors file to write; its model card goes beside it.")
     ],
 ) -> None:
     """Write a run's weights as a small fp16 file that mcar_lib.load reads, with a model card."""
@@ -353,10 +343,10 @@ def submit(
     asked: Asked,
     dataset: Annotated[str, typer.Argument(help="voc2012: the one data set whose test labels a server holds.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(click_type=PATH, help="Weights to score with; else those of the run.")
+        Path | None, typer.Option(**PATH, help="Weights to score with; else those of the run.")
     ] = None,
     release: Release = False,
-    output: Annotated[Path, typer.Option(click_type=PATH, help="The archive to write.")] = Path("voc2012-test.tar.gz"),
+    output: Annotated[Path, typer.Option(**PATH, help="The archive to write.")] = Path("voc2012-test.tar.gz"),
 ) -> None:
     """Score the photos of VOC2012 test and write the archive that the PASCAL server takes. Trains nothing."""
     from mcar_lib.data import load_voc

@@ -30,6 +30,13 @@ def project_root() -> Path:
     return checkout() or Path.cwd()
 
 
+def results_folder(results: object, root: Path) -> Path:
+    """Where results are, in full: "results" and what is below it are the project's, any other relative path starts at
+    the working folder, and nothing means the project's. Raises ConfigError for what is no path."""
+    asked = user_path(results or "results")
+    return (root / asked if asked.parts[:1] == ("results",) else asked).resolve()
+
+
 def needed_checkout(job: str) -> Path:
     """The checkout; raises ConfigError where there is none."""
     if (root := checkout()) is None:

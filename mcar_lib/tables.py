@@ -146,14 +146,14 @@ class Generated:
             write_json(self.path, hashes)
 
 
-def own_files(results: Path, written: Collection[Path] = ()) -> list[str]:
-    """Files beside the tables and figures of a results folder that no notebook has written, relative to it."""
+def own_files(results: Path, written: Collection[str] = ()) -> list[str]:
+    """Files beside the tables and figures of the folder results that no notebook has written, as results/..."""
     found = []
     for kind in ("tables", "figures"):
         for path in sorted(results.glob(f"*/{kind}/*")):
-            name, known = path.relative_to(results), Generated(path.parent.parent).hashes()
+            name, known = str(path.relative_to(results.parent)), Generated(path.parent.parent).hashes()
             if path.name[0] != "." and name not in written and f"{kind}/{path.name}" not in known:
-                found.append(str(name))
+                found.append(name)
     return found
 
 

@@ -205,7 +205,7 @@ def publish(profile: str, artifacts: Path | None = None) -> None:
         following = [path for path, of in follows.items() if of and records.keys() >= of]
         others += _replace_records(target / kind, following, name)
     say(f"{target}: {len(records)} runs")
-    _name_own([str(path.relative_to(root / "results")) for path in others])
+    _name_own([str(path.relative_to(root)) for path in others])
     report(artifacts=artifacts)
 
 
@@ -237,7 +237,7 @@ def _runs_of(path: Path, profile: str) -> set[str]:
 def _name_own(files: Sequence[str]) -> None:
     if files:
         more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
-        say(f"not written by mcar, left as they are in results: {', '.join(files[:NAMED])}{more}")
+        say(f"not written by mcar, left as they are: {', '.join(files[:NAMED])}{more}")
 
 
 def report(check: bool = False, artifacts: Path | None = None) -> None:
@@ -254,8 +254,8 @@ def report(check: bool = False, artifacts: Path | None = None) -> None:
         if check:
             _raise_if_any([f"\n  {name}" for name in drifted(root)], "not what the records say; run mcar report")
             return
-        folders = {path.parent.parent for kind in ("tables", "figures") for path in root.glob(f"results/*/{kind}/*")}
-        before = [(written, written.state()) for written in map(Generated, sorted(folders))]
+        noted = [Generated(path.parent) for path in sorted(root.glob("results/*/generated.json"))]
+        before = [(written, written.state()) for written in noted]
         outcomes = {path.stem: run_in_place(path, Path(scratch)) for path in select_notebooks(root / "notebooks")}
     if set(outcomes.values()) == {DONE}:
         for written, state in before:
@@ -287,10 +287,7 @@ def drifted(root: Path) -> list[Path]:
             for path in root.glob("results/*/generated.json")
             for name in Generated(path.parent).hashes()
         }
-        own = own_files(
-            root / "results", {name.relative_to("results") for name in written if name.parts[0] == "results"}
-        )
-        _name_own(own)
+        _name_own(own_files(root / "results", {str(name) for name in written}))
         return [name for name in sorted(written | noted) if not same_file(root / name, fresh / name)]
 
 

@@ -51,10 +51,9 @@ def run_notebook(
         declared = papermill.inspect_notebook(notebook)
         parameters = {name: value for name, value in values.items() if name in declared}
         kernel = {"kernel_name": "python3", "kernel_manager_class": _kernel_of_this_python(), "cwd": project_root()}
-        shown = {"stdout_file": _Renaming(sys.stdout, named or {}), "stderr_file": _Renaming(sys.stderr, named or {})}
-        papermill.execute_notebook(
-            notebook, partial, parameters, record_timing=False, progress_bar=False, **kernel, **shown
-        )
+        out, err = (_Renaming(stream, named or {}) for stream in (sys.stdout, sys.stderr))
+        streams = {"progress_bar": False, "stdout_file": out, "stderr_file": err}
+        papermill.execute_notebook(notebook, partial, parameters, record_timing=False, **kernel, **streams)
     except papermill.PapermillExecutionError as error:
         outcome, told = FAILED, f"FAILED in cell [{error.exec_count}]: {error.ename}: {error.evalue}"
         if error.ename == NotInProfileError.__name__:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mcar_lib.backbones import weights_fingerprint
 from mcar_lib.errors import DataError, WeightsError
-from mcar_lib.files import OTHER_ARTIFACTS, made_folder, project_root, user_path, write_json
+from mcar_lib.files import OTHER_ARTIFACTS, made_folder, project_root, results_folder, user_path, write_json
 from mcar_lib.model import MCAR
 from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
@@ -45,8 +45,7 @@ class Runs:
         root = project_root()
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         committed = (root / "results").resolve()
-        asked = user_path(results or "results")
-        self.results = (root / asked if asked.parts[:1] == ("results",) else asked).resolve()
+        self.results = results_folder(results, root)
         self.local = committed / "local" if self.results == committed else self.results
         self.artifacts = user_path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
         data_root = data_root or os.environ.get("MCAR_DATA")
