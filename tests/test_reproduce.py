@@ -263,7 +263,7 @@ def write_pages(results: Path, readme: Path) -> None:
 def reported(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose notebook, here a plain function, writes one table, one figure and the pages, as committed."""
 
-    def run(notebook: Path, output: Path, values: dict[str, str]) -> str:
+    def run(notebook: Path, output: Path, values: dict[str, str], named: object = None) -> str:
         write_pages(Path(values["results"]), Path(values["readme"]))
         return DONE
 
