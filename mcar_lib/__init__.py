@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 
 
 def load(name_or_path: str | Path) -> "ReleasedModel":
-    """A trained model with its classes and its input size: by its name in models/, or from a .safetensors file.
+    """A trained model with its classes and its input size: by the name of one that we ship, or from a .safetensors
+    file.
 
     Raises WeightsError if there is no such model.
     """

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, ResultsError, WeightsError
+from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, ResultsError, WeightsError, printable
+from mcar_lib.files import user_path
 
 if TYPE_CHECKING:
     from mcar_lib.runs import Record, RunConfig, Runs
@@ -53,7 +54,7 @@ class Commands(TyperGroup):
             from mcar_lib.training import processes
 
             if processes.tells(error):
-                typer.echo(f"error: {error}", err=True)
+                typer.echo(f"error: {printable(str(error))}", err=True)
             code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         except ModuleNotFoundError as error:
             if (error.name or "mcar_lib").startswith("mcar_lib"):
@@ -99,11 +100,22 @@ class Action(StrEnum):
 
 # Options that commands share -----------------------------------------------------------------------------------------
 
+
+def _typed_path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+PATH: dict[str, Any] = {"parser": _typed_path, "metavar": "<path>"}
 ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, photos, paper, or a path ending in .toml.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the run, as in TOML; repeatable.")]
-ResultsFolder = Annotated[Path | None, typer.Option("--results", help="Where own results go (results/local).")]
-DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where photos are ($MCAR_DATA).")]
-Artifacts = Annotated[Path | None, typer.Option("--artifacts", help="Weights, scores, scenes ($MCAR_ARTIFACTS).")]
+ResultsFolder = Annotated[Path | None, typer.Option("--results", **PATH, help="Where own results go (results/local).")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", **PATH, help="Where photos are ($MCAR_DATA).")]
+Artifacts = Annotated[
+    Path | None, typer.Option("--artifacts", **PATH, help="Weights, scores, scenes ($MCAR_ARTIFACTS).")
+]
 Release = Annotated[
     bool, typer.Option("--release", help="The checkpoint is one of the paper's release; its name says its settings.")
 ]
@@ -210,29 +222,31 @@ def reproduce(
     only: Annotated[list[str] | None, typer.Option(help="Notebooks by number; repeatable or 02,03.")] = None,
     results: ResultsFolder = None,
     data_root: DataRoot = None,
+    artifacts: Artifacts = None,
 ) -> None:
     """Run the notebooks, then compare what they computed here with what is committed."""
     from mcar_lib.notebooks.jobs import reproduce
 
-    reproduce(profile, only or [], results, data_root)
+    reproduce(profile, only or [], results, data_root, artifacts=artifacts)
 
 
 @app.command()
-def publish(profile: ProfileName = "mini") -> None:
+def publish(profile: ProfileName = "mini", artifacts: Artifacts = None) -> None:
     """Make results/local the committed results, and the notebooks show them (for maintainers)."""
     from mcar_lib.notebooks.jobs import publish
 
-    publish(profile)
+    publish(profile, artifacts)
 
 
 @app.command()
 def report(
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 if a file differs.")] = False,
+    artifacts: Artifacts = None,
 ) -> None:
     """Run the notebooks over the committed records: every table, figure, README block and output anew."""
     from mcar_lib.notebooks.jobs import report
 
-    report(check)
+    report(check, artifacts)
 
 
 @app.command()
@@ -247,7 +261,7 @@ def plan(
     from mcar_lib.runs import load_profile
     from mcar_lib.runs.plan import parse_throughput, plan
 
-    speeds, runs = parse_throughput(throughput or []), plan(load_profile(profile))
+    speeds, runs = parse_throughput(throughput or []), plan(load_profile(profile), profile)
     cells = [run.cells(speeds) for run in runs]
     _print_table(cells[0], [list(row.values()) for row in cells])
     for run in runs:
@@ -284,7 +298,7 @@ def train(
 def evaluate(
     asked: Asked,
     best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to score on the test split.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(**PATH, help="Weights to score on the test split.")] = None,
     release: Release = False,
 ) -> None:
     """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing.
@@ -306,7 +320,9 @@ def evaluate(
 @about_a_run
 def export(
     asked: Asked,
-    output: Annotated[Path, typer.Option(help="The .safetensors file to write; its model card goes beside it.")],
+    output: Annotated[
+        Path, typer.Option(**PATH, help="The .safetensors file to write; its model card goes beside it.")
+    ],
 ) -> None:
     """Write a run's weights as a small fp16 file that mcar_lib.load reads, with a model card."""
     from mcar_lib.released import card_text, export_run
@@ -326,9 +342,11 @@ def export(
 def submit(
     asked: Asked,
     dataset: Annotated[str, typer.Argument(help="voc2012: the one data set whose test labels a server holds.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to score with; else those of the run.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(**PATH, help="Weights to score with; else those of the run.")
+    ] = None,
     release: Release = False,
-    output: Annotated[Path, typer.Option(help="The archive to write.")] = Path("voc2012-test.tar.gz"),
+    output: Annotated[Path, typer.Option(**PATH, help="The archive to write.")] = Path("voc2012-test.tar.gz"),
 ) -> None:
     """Score the photos of VOC2012 test and write the archive that the PASCAL server takes. Trains nothing."""
     from mcar_lib.data import load_voc
@@ -419,7 +437,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> No
     plain = not sys.stdout.isatty()
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(_cell(name), justify="right")
     for row in rows:
         table.add_row(*map(_cell, row))
     Console(width=160 if plain else None, markup=False, highlight=False).print(table)
@@ -428,9 +446,10 @@ def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> No
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else printable(" ".join(str(value).splitlines()))
 
 
 def main() -> None:
     """Entry point of the command mcar."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be no text
     app(prog_name="mcar")

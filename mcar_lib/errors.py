@@ -1,5 +1,10 @@
 """One family of errors: each says what is wrong, where, and what to do about it."""
 
+import re
+import unicodedata
+
+JOINERS = "\u200c\u200d"  # parts of words and signs in some scripts
+
 
 class MCARError(Exception):
     """Base of every error that mcar_lib raises on purpose."""
@@ -31,3 +36,18 @@ class ResultsError(MCARError):
 
 class TrainingError(MCARError):
     """Training cannot go on, for example because the loss is no longer a number."""
+
+
+def printable(text: str) -> str:
+    """Text that a terminal can show as it is: control and invisible characters, and bytes that are no text, as their
+    escapes; line ends and tabs stay. Names of files and classes may hold anything."""
+    return "".join(each if _is_shown(each) else each.encode("unicode_escape").decode() for each in text)
+
+
+def as_markdown(text: str) -> str:
+    """Text on one line that Markdown shows as it is: the name of a class, say."""
+    return re.sub(r"(?<!\\)([`*_\[\]<>|])", r"\\\1", printable(" ".join(text.split())))
+
+
+def _is_shown(character: str) -> bool:
+    return character in "\n\t" + JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")

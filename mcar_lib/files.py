@@ -11,15 +11,56 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcar_lib.errors import MCARError, ResultsError
+from mcar_lib.errors import ConfigError, MCARError, ResultsError
+
+PACKAGE = Path(__file__).resolve().parent
+DISTRIBUTION = 'name = "mcar-lib"'  # a line of this project's pyproject.toml
+OTHER_ARTIFACTS = "choose another --artifacts folder, or set MCAR_ARTIFACTS"
+
+
+def checkout() -> Path | None:
+    """The checkout of this project that the package lies in; None where the package was installed without one."""
+    described = PACKAGE.parent / "pyproject.toml"
+    is_ours = described.is_file() and DISTRIBUTION in described.read_text(encoding="utf-8", errors="replace")
+    return PACKAGE.parent if is_ours else None
 
 
 def project_root() -> Path:
-    """The checkout that holds notebooks/ and results/: above the working folder, else above this file, else here."""
-    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
-        if (folder / "notebooks").is_dir() and (folder / "results").is_dir():
-            return folder
-    return Path.cwd()
+    """The checkout, wherever one works; without one the working folder, which then gets results and artifacts."""
+    return checkout() or Path.cwd()
+
+
+def results_folder(results: object, root: Path) -> Path:
+    """Where results are, in full: "results" and what is below it are the project's, any other relative path starts at
+    the working folder, and nothing means the project's. Raises ConfigError for what is no path."""
+    asked = user_path(results or "results")
+    return (root / asked if asked.parts[:1] == ("results",) else asked).resolve()
+
+
+def needed_checkout(job: str) -> Path:
+    """The checkout; raises ConfigError where there is none."""
+    if (root := checkout()) is None:
+        raise ConfigError(
+            f"{job} works on the notebooks and the committed results, which an installed package does not hold; "
+            "run it in a checkout of the project"
+        )
+    return root
+
+
+def published_table(name: str) -> Path:
+    """One of the tables of figures published by others: results/published, which an installed package brings along."""
+    root = checkout()
+    return (root / "results" / "published" if root else PACKAGE / "published") / name
+
+
+def user_path(path: object) -> Path:
+    """A path as its reader means it: ~ is the home folder. Raises ConfigError for what is no path."""
+    if not isinstance(path, str | Path) or not str(path):
+        raise ConfigError(f"{path!r} is not a path; give the name of a file or folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no user {str(path).split('/')[0]!r}; give the path in full") from error
 
 
 def content_id(content: Mapping[str, Any]) -> str:
@@ -89,12 +130,18 @@ def reading(path: Path | str, expected: str, kind: type[MCARError] = ResultsErro
         raise kind(f"{path}: expected {expected}, but it cannot be read as that ({reason})") from error
 
 
-def made_folder(folder: Path) -> Path:
+def made_folder(folder: Path, advice: str = "choose another --results folder") -> Path:
     """A folder that can be written, made if need be: told before an hour of work, not after it. Else ResultsError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ResultsError(f"{folder} cannot be written ({error.strerror}); choose another --results folder") from error
+        raise ResultsError(f"{folder} cannot be written ({error.strerror}); {advice}") from error
     return folder
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

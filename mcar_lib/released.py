@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mcar_lib.backbones import Triple, lookup
 from mcar_lib.data.transforms import network_input, resize_square
-from mcar_lib.errors import WeightsError
-from mcar_lib.files import project_root, write_atomically
+from mcar_lib.errors import WeightsError, as_markdown
+from mcar_lib.files import PACKAGE, write_atomically
 from mcar_lib.model import MCAR, Output, build_mcar
 from mcar_lib.regions import attention_maps
 from mcar_lib.weights import load_named
@@ -66,13 +66,13 @@ class ReleasedModel:
 
 
 def load_released(name_or_path: str | Path) -> ReleasedModel:
-    """A model by its name in models/, or from a .safetensors file that `mcar export` wrote.
+    """A model by its name, which the package brings along, or from a .safetensors file that `mcar export` wrote.
 
     Raises WeightsError if there is no such file or it is not one of these.
     """
     path = Path(name_or_path)
     if path.suffix != ".safetensors":
-        folder = project_root() / "models"
+        folder = PACKAGE / "models"
         path = folder / f"{name_or_path}.safetensors"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
@@ -188,7 +188,7 @@ def card_text(name: str, about: Mapping[str, Any]) -> str:
         f"**Scores.** Test mAP of this file {100 * about['mAP']:.1f} %, of the run before rounding to fp16 "
         f"{100 * about['run_mAP']:.1f} %.{caution}\n\n"
         "| class | AP % |\n| --- | --- |\n"
-        + "".join(f"| {label} | {100 * value:.1f} |\n" for label, value in each)
+        + "".join(f"| {as_markdown(label)} | {100 * value:.1f} |\n" for label, value in each)
         + "\n**Limits.** A small network trained on few photos, meant to show regions and to try the code, not for "
         "decisions about people or safety. Scores are not calibrated; small objects are often missed; classes that are "
         "rare in the training photos are weak, as the table shows. It knows nothing but its classes.\n"

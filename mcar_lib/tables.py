@@ -4,16 +4,18 @@ Nothing here trains or measures, and nothing knows which notebook asks.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from PIL import Image, ImageChops, ImageStat
 
-from mcar_lib.errors import ResultsError
-from mcar_lib.files import project_root, write_text
+from mcar_lib.errors import ResultsError, as_markdown, printable
+from mcar_lib.files import file_hash, published_table, read_json, write_atomically, write_json, write_text
+from mcar_lib.progress import say
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)"
 ROUNDING = 16  # difference, of 255, that a pixel of a line may have where numbers differ in their last bits
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 P_VALUES = ("p", "p (Holm)")  # shown with three digits
+PAGE_MARK = "Written by notebook 10"  # a line of the page that sums up a results folder
 
 
 def differing(configs: Sequence[RunConfig]) -> pd.DataFrame:
@@ -55,27 +58,118 @@ def save(
     """Writes tables (name -> frame, as CSV and Markdown) and figures (name -> figure, as PNG) of some runs.
 
     They go beside the records: into results/<profile>, or into results/local/<profile> where one of the runs is from
-    there or could not be had, so that no committed table loses a row. Raises ResultsError if that cannot be written.
+    there or could not be had, so that no committed table loses a row. What somebody else put there under one of these
+    names is moved aside. Raises ResultsError if that cannot be written.
     """
     is_first = all(isinstance(each, Record) and each.path.is_relative_to(runs.folder) for each in found)
-    folder, title = runs.folder if is_first else runs.local_folder, title_of(runs, found)
+    written, title = Generated(runs.folder if is_first else runs.local_folder), title_of(runs, found)
     for name, table in tables.items():
-        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
-        write_text(folder / "tables" / f"{name}.md", f"{title}\n\n{markdown(table)}")
+        written.put_text(f"tables/{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+        written.put_text(f"tables/{name}.md", f"{title}\n\n{markdown(table)}")
     for name, figure in (figures or {}).items():
-        save_figure(folder / "figures" / f"{name}.png", figure)
+        written.put_figure(f"figures/{name}.png", figure)
 
 
-def save_figure(path: Path, figure: "Figure") -> None:
-    """Writes a PNG without anything that changes from day to day. Where no pixel differs by more than ROUNDING,
-    the picture that is there stays: processors round otherwise, and that would show as a change in git."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, format="png", dpi=150, metadata={"Software": None})
-    if path.exists() and (apart := _apart(path, fresh)) and max(high for _, high in apart.extrema) <= ROUNDING:
-        fresh.unlink()
-    else:
-        fresh.replace(path)
+def same_bytes(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes()
+
+
+class Generated:
+    """The files that notebooks wrote below a folder: generated.json there has their names, each with a hash.
+
+    A file that is not as it was written is somebody's own: it is never overwritten or removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "generated.json"
+
+    def hashes(self) -> dict[str, str]:
+        """Name -> SHA-256 as the file was written."""
+        if not self.path.exists():
+            return {}
+        try:
+            return {name: str(digest) for name, digest in read_json(self.path).items()}
+        except ResultsError as error:
+            say(f"{error}; files beside it are taken for somebody's own")
+            return {}
+
+    def put_text(self, name: str, text: str) -> None:
+        self.put(name, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+
+    def put_figure(self, name: str, figure: "Figure") -> None:
+        """Writes a PNG without anything that changes from day to day. Where no pixel differs by more than ROUNDING,
+        the picture that is there stays: processors round otherwise, and that would show as a change in git."""
+        options: dict[str, Any] = {"format": "png", "dpi": 150, "metadata": {"Software": None}}
+        self.put(name, lambda path: figure.savefig(path, **options), _looks_the_same)
+
+    def put(self, name: str, write: Callable[[Path], object], same: Callable[[Path, Path], bool] = same_bytes) -> None:
+        """Writes a file and notes it; one that is the same stays as it is, somebody's own is moved aside."""
+        path = self.folder / name
+
+        def place(fresh: Path) -> None:
+            write(fresh)
+            if path.exists() and same(path, fresh):
+                shutil.copyfile(path, fresh)
+            self.set_aside(name, but=fresh)
+
+        write_atomically(path, place)
+        self.note(name)
+
+    def note(self, name: str) -> None:
+        """Says that a file is as it was written."""
+        write_json(self.path, dict(sorted({**self.hashes(), name: file_hash(self.folder / name)}.items())))
+
+    def set_aside(self, name: str, but: Path | None = None) -> None:
+        """Renames a file that is not as it was written to NAME.yours.EXT, and says so; but: one of that content is."""
+        path = self.folder / name
+        if not path.exists() or self.hashes().get(name) == file_hash(path) or (but and same_bytes(path, but)):
+            return
+        free = (path.with_name(f"{path.stem}.yours{count or ''}{path.suffix}") for count in range(1000))
+        kept = next(each for each in free if not each.exists())
+        path.rename(kept)
+        say(f"{path}: changed or made by somebody else; kept as {kept.name}")
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """What tells whether a noted file is written again."""
+        found = {name: self.folder / name for name in self.hashes()}
+        return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in found.items() if path.is_file()}
+
+    def remove_stale(self, before: Mapping[str, tuple[int, int]]) -> None:
+        """Removes what was not written again since that state, and says so; somebody's changes stay."""
+        hashes, now = self.hashes(), self.state()
+        stale = [name for name in before if now.get(name) == before[name]]
+        for name in stale:
+            if hashes.pop(name) == file_hash(self.folder / name):
+                (self.folder / name).unlink()
+                say(f"{self.folder / name}: removed, no notebook writes it any more")
+        if stale:
+            write_json(self.path, hashes)
+
+
+def own_files(results: Path, written: Collection[str] = ()) -> list[str]:
+    """Files beside the tables and figures of the folder results that no notebook has written, as results/..."""
+    found = []
+    for kind in ("tables", "figures"):
+        for path in sorted(results.glob(f"*/{kind}/*")):
+            name, known = str(path.relative_to(results.parent)), Generated(path.parent.parent).hashes()
+            if path.name[0] != "." and name not in written and f"{kind}/{path.name}" not in known:
+                found.append(name)
+    return found
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes the page that sums up a results folder; raises ResultsError where a page of somebody else lies."""
+    if path.exists() and PAGE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ResultsError(f"{path} is not a page of this project, so it stays; rename it, or choose other results")
+    write_text(path, text)
+
+
+def _looks_the_same(a: Path, b: Path) -> bool:
+    try:
+        apart = _apart(a, b)
+    except OSError:  # what is there is no picture
+        return False
+    return apart is not None and max(high for _, high in apart.extrema) <= ROUNDING
 
 
 def same_picture(a: Path, b: Path) -> bool:
@@ -92,10 +186,13 @@ def _apart(a: Path, b: Path) -> ImageStat.Stat | None:
 
 def markdown(table: pd.DataFrame, digits: int = 1) -> str:
     """A Markdown table; floats with one digit behind the point (p-values: three), missing values as a dash."""
-    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + " --- |" * len(table.columns)]
+    lines = ["| " + " | ".join(_one_line(str(name)) for name in table.columns) + " |"]
+    lines.append("|" + " --- |" * len(table.columns))
     places = [3 if name in P_VALUES else digits for name in table.columns]
     for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(map(_cell, row, places)) + " |")
+        cells = [_one_line(_cell(*each)) for each in zip(row, places, strict=True)]
+        plain = [as_markdown(cell) if name == "class" else cell for name, cell in zip(table, cells, strict=True)]
+        lines.append("| " + " | ".join(plain) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -105,6 +202,11 @@ def _cell(value: object, digits: int) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}f}" if abs(value) >= 0.1 or value == 0 or digits > 1 else f"{value:.2g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value > 9999 else str(value)
+
+
+def _one_line(text: str) -> str:
+    """Text that ends neither its cell nor its row, whatever a name in it holds."""
+    return re.sub(r"(?<!\\)\|", r"\\|", printable(" ".join(text.splitlines())))
 
 
 def fill_blocks(path: Path, blocks: Mapping[str, str]) -> None:
@@ -118,7 +220,7 @@ def fill_blocks(path: Path, blocks: Mapping[str, str]) -> None:
 
 def read_published(name: str) -> pd.DataFrame:
     """One of the tables of results/published, each row with its source; missing values stay empty."""
-    return pd.read_csv(project_root() / "results" / "published" / name, keep_default_na=False)
+    return pd.read_csv(published_table(name), keep_default_na=False)
 
 
 def beside_published(groups: Sequence[Sequence[Record]]) -> pd.DataFrame:

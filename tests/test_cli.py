@@ -292,5 +292,5 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
 def test_a_command_that_needs_more_names_the_package(profile: Path, tmp_path: Path) -> None:
     done = on_a_bare_machine("reproduce", "--profile", profile, "--results", tmp_path)
     assert done.returncode == 2
-    assert "needs the package papermill" in done.stderr
+    assert "needs the package pandas" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,12 +16,12 @@ from test_cli import PROFILE, Trained, mcar, train_tiny
 from typer.testing import CliRunner
 
 from mcar_lib.errors import ConfigError, MCARError, ResultsError
-from mcar_lib.files import write_text
+from mcar_lib.files import DISTRIBUTION, write_text
 from mcar_lib.notebooks import jobs
 from mcar_lib.notebooks.jobs import compare, drifted, publish, reproduce
 from mcar_lib.notebooks.runner import DONE, select_notebooks
 from mcar_lib.runs.trainer import arithmetic_fingerprint
-from mcar_lib.tables import fill_blocks
+from mcar_lib.tables import Generated, fill_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,11 +174,12 @@ def test_committed_results_stand_beside_those_made_here(
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout of its own around the working folder: one notebook and a README."""
+    """A checkout of its own: one notebook and a README."""
     write_notebook(tmp_path / "notebooks" / "01_shown.ipynb", "print(*profiles, results)", "1 / 2")
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("# Title\n\n<!-- generated: main-results -->\nold\n<!-- end -->\n")
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text(f"{DISTRIBUTION}\n")
+    monkeypatch.setattr("mcar_lib.files.PACKAGE", tmp_path / "mcar_lib")
     return tmp_path
 
 
@@ -245,14 +246,15 @@ def draw(path: Path, change: int = 0) -> Path:
     pixels = np.random.default_rng(0).integers(0, 200, (40, 60), dtype=np.uint8)
     pixels[:4] += change
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, format="png")
     return path
 
 
 def write_pages(results: Path, readme: Path) -> None:
     """What the project's notebook would write."""
-    write_text(results / "mini" / "tables" / "main.csv", "1\n")
-    draw(results / "mini" / "figures" / "main.png")
+    written = Generated(results / "mini")
+    written.put_text("tables/main.csv", "1\n")
+    written.put("figures/main.png", draw)
     write_text(results / "README.md", "page\n")
     fill_blocks(readme, {"main-results": "new\n"})
 
@@ -261,7 +263,7 @@ def write_pages(results: Path, readme: Path) -> None:
 def reported(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose notebook, here a plain function, writes one table, one figure and the pages, as committed."""
 
-    def run(notebook: Path, output: Path, values: dict[str, str]) -> str:
+    def run(notebook: Path, output: Path, values: dict[str, str], named: object = None) -> str:
         write_pages(Path(values["results"]), Path(values["readme"]))
         return DONE
 
@@ -298,7 +300,6 @@ def test_a_notebook_that_fails_is_named_by_the_check(project: Path) -> None:
     ("name", "text"),
     [
         ("results/mini/tables/main.csv", "2\n"),
-        ("results/mini/tables/stale.csv", "1\n"),
         ("results/README.md", "edited\n"),
         ("README.md", "<!-- generated: main-results -->\nedited\n<!-- end -->\n"),
     ],
@@ -315,8 +316,11 @@ def test_a_check_names_what_drifted_and_changes_nothing(name: str, text: str, re
 def test_a_report_mends_what_drifted_and_leaves_what_no_notebook_writes(reported: Path) -> None:
     (reported / "results/mini/tables/main.csv").write_text("2\n")
     (reported / "results/mini/tables/own.csv").write_text("somebody's\n")
-    mcar("report")
-    assert drifted(reported) == [Path("results/mini/tables/own.csv")]
+    done = mcar("report")
+    assert "left as they are: results/mini/tables/main.yours.csv, results/mini/tables/own.csv" in done.output
+    assert drifted(reported) == []
+    assert (reported / "results/mini/tables/main.csv").read_text() == "1\n"
+    assert (reported / "results/mini/tables/own.csv").read_text() == "somebody's\n"
 
 
 def test_a_missing_table_drifts(reported: Path) -> None:

@@ -17,7 +17,6 @@ import torch
 
 from mcar_lib.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, build_backbone
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
-from mcar_lib.files import project_root
 from mcar_lib.metrics import average_precision, multilabel_metrics
 from mcar_lib.runs import (
     OPERATING_POINTS,
@@ -593,13 +592,6 @@ def test_local_results_do_not_read_the_committed_ones(
     open_runs: OpenRuns, committed: Record, tiny_config: RunConfig
 ) -> None:
     assert open_runs("results/local").find(tiny_config) is None
-
-
-def test_project_root_is_the_checkout_above_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("notebooks", "results"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert project_root().resolve() == tmp_path.resolve()
 
 
 def test_a_profile_by_name_opens_its_runs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mcar_lib.errors import ResultsError
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
-from mcar_lib.tables import differing, fill_blocks, markdown, save, save_figure, title_of
+from mcar_lib.tables import Generated, differing, fill_blocks, markdown, save, title_of
 
 TABLE = pd.DataFrame({"value": ["a", "b"], "mAP": [12.3456, None]})
 SMALL = "# Page\n<!-- generated: numbers -->\nold\n<!-- end -->\nrest\n"
@@ -59,11 +59,12 @@ def test_a_picture_that_looks_the_same_stays_as_it_is(height: float, kept: bool,
         made.add_subplot(ylim=(0, 1)).axhspan(0, at)
         return made
 
-    path = tmp_path / "figures" / "one.png"
-    save_figure(path, draw(0.5))
+    path, written = tmp_path / "figures" / "one.png", Generated(tmp_path)
+    written.put_figure("figures/one.png", draw(0.5))
     Image.open(path).save(path, compress_level=1)  # other bytes, the same picture
+    written.note("figures/one.png")
     before = path.read_bytes()
-    save_figure(path, draw(height))
+    written.put_figure("figures/one.png", draw(height))
     assert (path.read_bytes() == before) is kept
     assert [each.name for each in path.parent.iterdir()] == ["one.png"]
 

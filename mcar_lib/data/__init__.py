@@ -14,6 +14,7 @@ from mcar_lib.data.preparation import Problems, prepare
 from mcar_lib.data.table import load_table
 from mcar_lib.data.voc import load_voc
 from mcar_lib.errors import ConfigError, DataError
+from mcar_lib.files import OTHER_ARTIFACTS
 
 __all__ = [
     "DATA_SETS",
@@ -74,7 +75,7 @@ def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None 
         try:
             write_scenes(folder, config, progress)
         except OSError as error:
-            raise DataError(f"{folder}: cannot write scenes here ({error}); use another --data-root") from error
+            raise DataError(f"{folder}: cannot write scenes here ({error.strerror}); {OTHER_ARTIFACTS}") from error
     return folder
 
 

@@ -3,22 +3,26 @@
 A notebook finds or trains its runs and writes its own tables and figures, so each job may be killed and started again.
 """
 
+import contextlib
+import functools
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from mcar_lib.errors import MCARError, ResultsError
-from mcar_lib.files import made_folder, project_root, read_json, write_json, write_text
-from mcar_lib.notebooks.runner import DONE, FAILED, run_in_place, run_notebook, select_notebooks
+from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, write_atomically, write_json
+from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
 from mcar_lib.runs import Record, load_profile, read_records
+from mcar_lib.runs.records import RECORD_FORMAT
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
 if TYPE_CHECKING:
@@ -29,27 +33,36 @@ if TYPE_CHECKING:
 TOLERANCE = 0.06
 WRITTEN = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")  # by the notebooks
 KINDS = ("evaluations", "regions", "comparisons")  # of records that follow from runs
+NAMED = 10  # files of somebody's own that are named at once
 
 
 # Reproduce -----------------------------------------------------------------------------------------------------------
 
 
 def reproduce(
-    profile: str, only: Sequence[str], results: Path | None, data_root: Path | None, notebooks: Path | None = None
+    profile: str,
+    only: Sequence[str],
+    results: Path | None,
+    data_root: Path | None,
+    notebooks: Path | None = None,
+    artifacts: Path | None = None,
 ) -> None:
     """Runs the notebooks of a profile in order, which train what they need and write their tables, then compares.
 
     only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
+    artifacts: as for Runs. An executed notebook that somebody changed is moved aside, not overwritten.
     A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
     One that ran here before, on the same cells, code and run records, is not run again.
     """
-    root, chosen = project_root(), load_profile(profile)
-    results = (results or root / "results" / "local").resolve()
+    from mcar_lib.tables import Generated
+
+    root, chosen = needed_checkout("mcar reproduce"), load_profile(profile)
+    results = user_path(results or root / "results" / "local").resolve()
     folder, committed = results / chosen.name, root / "results" / chosen.name
-    name = str(Path(profile).resolve()) if profile.endswith(".toml") else profile
-    place = str(data_root.expanduser().resolve()) if data_root else ""
+    name = str(user_path(profile).resolve()) if profile.endswith(".toml") else profile
+    place = str(user_path(data_root).resolve()) if data_root else ""
     values = {"profile": name, "profiles": [name], "results": str(results), "data_root": place, "readme": ""}
-    made = made_folder(folder / "notebooks")
+    made, written = made_folder(folder / "notebooks"), Generated(folder)
     selected = select_notebooks(notebooks or root / "notebooks", only)
     earlier = read_json(made / "inputs.json") if (made / "inputs.json").exists() else {}
     library, outcomes = _library(), {}
@@ -57,14 +70,35 @@ def reproduce(
         if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, library, folder):
             say(f"{path.stem}: was run before, nothing has changed")
             outcomes[path.stem] = DONE
-        else:
+            continue
+        outputs = [made / path.name, failed_output(made / path.name)]
+        for output in outputs:
+            written.set_aside(f"notebooks/{output.name}")
+        with artifacts_for_notebooks(artifacts):
             outcomes[path.stem] = run_notebook(path, made / path.name, values)
+        for output in filter(Path.exists, outputs):
+            written.note(f"notebooks/{output.name}")
     # Taken at the end, when all records and tables are there: a later notebook may have added some.
     now = {path.stem: _inputs(path, library, folder) for path in selected if outcomes[path.stem] is DONE}
     write_json(made / "inputs.json", {**earlier, **now})
     if folder != committed and (committed / "runs").is_dir():
         compare(committed, folder)
     _raise_if_any([name for name, outcome in outcomes.items() if outcome is FAILED], "failed")
+
+
+@contextlib.contextmanager
+def artifacts_for_notebooks(artifacts: Path | None) -> Iterator[None]:
+    """What --artifacts says, for the notebooks that run meanwhile in processes of their own."""
+    earlier = os.environ.get("MCAR_ARTIFACTS")
+    if artifacts:
+        os.environ["MCAR_ARTIFACTS"] = str(user_path(artifacts).resolve())
+    try:
+        yield
+    finally:
+        if earlier is None:
+            os.environ.pop("MCAR_ARTIFACTS", None)
+        else:
+            os.environ["MCAR_ARTIFACTS"] = earlier
 
 
 def _library() -> str:
@@ -97,11 +131,12 @@ def _raise_if_any(names: Sequence[str], what: str) -> None:
 def compare(committed: Path, folder: Path) -> None:
     """Prints the committed findings beside those made here; findings and runs, number by number, are kept as
     comparison_findings and comparison_runs, .csv and .md."""
-    from mcar_lib.tables import markdown
+    from mcar_lib.tables import Generated, markdown
 
+    written = Generated(folder)
     for name, table in (("runs", compare_runs(committed, folder)), ("findings", compare_findings(committed, folder))):
-        write_text(folder / f"comparison_{name}.csv", table.to_csv(index=False, float_format="%.4f"))
-        write_text(folder / f"comparison_{name}.md", markdown(table, digits=2))
+        written.put_text(f"comparison_{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+        written.put_text(f"comparison_{name}.md", markdown(table, digits=2))
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
         if name == "findings" and len(table):
             Console(width=None if sys.stdout.isatty() else 160).print(Markdown(markdown(table)))
@@ -151,61 +186,109 @@ def compare_findings(committed: Path, local: Path) -> "pd.DataFrame":
 # Publish and report --------------------------------------------------------------------------------------------------
 
 
-def publish(profile: str) -> None:
+def publish(profile: str, artifacts: Path | None = None) -> None:
     """Makes results/local/<profile> the committed records and runs the committed notebooks in place, which rebuild all
     that follows from them; those that fail are left as they were, and named in an MCARError at the end.
 
-    Records of other arithmetic than today's stay behind. Raises ResultsError when there is none to publish.
+    Records of other arithmetic than today's stay behind, and what is no record stays where it is. Raises ResultsError
+    when there is none to publish.
     """
-    root, name = project_root(), load_profile(profile).name
+    root, name = needed_checkout("mcar publish"), load_profile(profile).name
     local, target = root / "results" / "local" / name, root / "results" / name
     today = {"arithmetic": arithmetic_fingerprint()}
     records = {record.run_id: record.path for record in read_records(local) if record.is_current(today)}
     if not records:
         raise ResultsError(f"{local} has no current run records; first: mcar reproduce --profile {profile}")
-    _replace_folder(target / "runs", list(records.values()))
+    others = _replace_records(target / "runs", list(records.values()), name)
     for kind in KINDS:
-        following = [path for path in sorted((local / kind).glob("*.json")) if records.keys() >= _runs_of(path)]
-        _replace_folder(target / kind, following)
+        follows = {path: _runs_of(path, name) for path in sorted((local / kind).glob("*.json"))}
+        following = [path for path, of in follows.items() if of and records.keys() >= of]
+        others += _replace_records(target / kind, following, name)
     say(f"{target}: {len(records)} runs")
-    report()
+    _name_own([str(path.relative_to(root)) for path in others])
+    report(artifacts=artifacts)
 
 
-def _runs_of(path: Path) -> set[str]:
-    content: Mapping[str, Any] = read_json(path)
-    return set(content["runs"] if "runs" in content else [content["run_id"]])
+def _replace_records(target: Path, files: Sequence[Path], profile: str) -> list[Path]:
+    """Puts copies of records in place of a folder's records; returns what else lies there."""
+    for path in files:
+        write_atomically(target / path.name, functools.partial(shutil.copyfile, path))
+    earlier = [path for path in sorted(target.glob("*")) if path.name not in {file.name for file in files}]
+    others = [path for path in earlier if not _runs_of(path, profile)]
+    for path in earlier:
+        if path not in others:
+            path.unlink()
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    return others
 
 
-def report(check: bool = False) -> None:
+def _runs_of(path: Path, profile: str) -> set[str]:
+    """The runs that a record of this profile is of; none for a file that is no such record."""
+    try:
+        content = read_json(path)
+        runs = content["runs"] if "runs" in content else [content["run_id"]]
+        is_ours = content.get("format", RECORD_FORMAT) == RECORD_FORMAT and content.get("profile", profile) == profile
+        return set(map(str, runs)) if is_ours else set()
+    except (ResultsError, KeyError, TypeError):
+        return set()
+
+
+def _name_own(files: Sequence[str]) -> None:
+    if files:
+        more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+        say(f"not written by mcar, left as they are: {', '.join(files[:NAMED])}{more}")
+
+
+def report(check: bool = False, artifacts: Path | None = None) -> None:
     """Runs the committed notebooks over the committed records: in place, or, to check, into a scratch folder.
 
-    Raises MCARError that names the notebooks that fail, or the files that differ from what they would write.
+    A table or figure that no notebook writes any more is removed, unless somebody changed it; what somebody else put
+    beside them stays and is named. Raises MCARError that names the notebooks that fail, or the files that differ from
+    what they would write.
     """
-    root = project_root()
-    if check:
-        _raise_if_any([f"\n  {name}" for name in drifted(root)], "not what the records say; run mcar report")
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        selected = select_notebooks(root / "notebooks")
-        failed = [path.stem for path in selected if run_in_place(path, Path(scratch)) is FAILED]
-    _raise_if_any(failed, "failed, and left as they were")
+    from mcar_lib.tables import Generated, own_files
+
+    root = needed_checkout("mcar report")
+    with artifacts_for_notebooks(artifacts), tempfile.TemporaryDirectory() as scratch:
+        if check:
+            _raise_if_any([f"\n  {name}" for name in drifted(root)], "not what the records say; run mcar report")
+            return
+        noted = [Generated(path.parent) for path in sorted(root.glob("results/*/generated.json"))]
+        before = [(written, written.state()) for written in noted]
+        outcomes = {path.stem: run_in_place(path, Path(scratch)) for path in select_notebooks(root / "notebooks")}
+    if set(outcomes.values()) == {DONE}:
+        for written, state in before:
+            written.remove_stale(state)
+    _name_own(own_files(root / "results"))
+    _raise_if_any([name for name, outcome in outcomes.items() if outcome is FAILED], "failed, and left as they were")
 
 
 def drifted(root: Path) -> list[Path]:
     """The files that the notebooks write, relative to root, that differ from what they write from the committed
-    records, or that none of them writes. Changes nothing. Raises MCARError where a notebook fails."""
+    records, or that none of them writes any more. Names what somebody else put beside them; changes nothing. Raises
+    MCARError where a notebook fails."""
+    from mcar_lib.tables import Generated, own_files
+
     with tempfile.TemporaryDirectory() as scratch:
-        fresh = Path(scratch)
+        fresh = Path(scratch).resolve()
         ignored = shutil.ignore_patterns("local", "tables", "figures")
         shutil.copytree(root / "results", fresh / "results", ignore=ignored)
         shutil.copy(root / "README.md", fresh)
         values = {"results": str(fresh / "results"), "readme": str(fresh / "README.md")}
         outputs = made_folder(fresh / "outputs")
         selected = select_notebooks(root / "notebooks")
-        failed = [path.stem for path in selected if run_notebook(path, outputs / path.name, values) is FAILED]
+        named = {str(fresh): str(root)}  # a reader can mend the committed file, not its copy
+        failed = [path.stem for path in selected if run_notebook(path, outputs / path.name, values, named) is FAILED]
         _raise_if_any(failed, "failed")
-        found = {path.relative_to(top) for top in (root, fresh) for name in WRITTEN for path in top.glob(name)}
-        return [name for name in sorted(found) if not same_file(root / name, fresh / name)]
+        written = {path.relative_to(fresh) for name in WRITTEN for path in fresh.glob(name)}
+        noted = {
+            (path.parent / name).relative_to(root)
+            for path in root.glob("results/*/generated.json")
+            for name in Generated(path.parent).hashes()
+        }
+        _name_own(own_files(root / "results", {str(name) for name in written}))
+        return [name for name in sorted(written | noted) if not same_file(root / name, fresh / name)]
 
 
 def same_file(a: Path, b: Path) -> bool:
@@ -215,16 +298,3 @@ def same_file(a: Path, b: Path) -> bool:
     if not (a.exists() and b.exists()):
         return False
     return same_picture(a, b) if a.suffix == ".png" else a.read_bytes() == b.read_bytes()
-
-
-def _replace_folder(target: Path, files: Sequence[Path]) -> None:
-    """Puts copies of files in place of a folder, whole or not at all; no files, no folder."""
-    if not files:
-        shutil.rmtree(target, ignore_errors=True)
-        return
-    with tempfile.TemporaryDirectory(dir=made_folder(target.parent), prefix=".publish-") as scratch:
-        for path in files:
-            shutil.copy(path, made_folder(Path(scratch) / "new"))
-        if target.exists():
-            target.replace(Path(scratch) / "old")
-        (Path(scratch) / "new").replace(target)

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mcar_lib.errors import ConfigError, NotInProfileError
 from mcar_lib.files import project_root, write_text
@@ -26,15 +26,23 @@ def select_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     return sorted({names[name] for name in wanted})
 
 
-def run_notebook(notebook: Path, output: Path, values: Mapping[str, Any]) -> str:
+def failed_output(output: Path) -> Path:
+    """Where a notebook that failed is kept, up to the cell that failed."""
+    return output.with_name(f"{output.stem}.failed.ipynb")
+
+
+def run_notebook(
+    notebook: Path, output: Path, values: Mapping[str, Any], named: Mapping[str, str] | None = None
+) -> str:
     """Runs a notebook and prints what it prints; returns DONE, LEFT_OUT or FAILED.
 
-    values: for those of its parameters that have these names. Its output appears when whole; as *.failed.ipynb if it
+    values: for those of its parameters that have these names. named: folder -> folder that is named in its place in
+    what is printed. Its output appears when whole; as *.failed.ipynb if it
     failed. It is left out where the profile has no values for what it shows (NotInProfileError).
     """
     import papermill
 
-    failed, partial = (output.with_name(f"{output.stem}.{state}.ipynb") for state in ("failed", "part"))
+    failed, partial = failed_output(output), output.with_name(f"{output.stem}.part.ipynb")
     for earlier in (output, failed, partial):
         earlier.unlink(missing_ok=True)
     say(f"{notebook.stem}: running")
@@ -43,7 +51,8 @@ def run_notebook(notebook: Path, output: Path, values: Mapping[str, Any]) -> str
         declared = papermill.inspect_notebook(notebook)
         parameters = {name: value for name, value in values.items() if name in declared}
         kernel = {"kernel_name": "python3", "kernel_manager_class": _kernel_of_this_python(), "cwd": project_root()}
-        streams = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
+        out, err = (_Renaming(stream, named or {}) for stream in (sys.stdout, sys.stderr))
+        streams = {"progress_bar": False, "stdout_file": out, "stderr_file": err}
         papermill.execute_notebook(notebook, partial, parameters, record_timing=False, **kernel, **streams)
     except papermill.PapermillExecutionError as error:
         outcome, told = FAILED, f"FAILED in cell [{error.exec_count}]: {error.ename}: {error.evalue}"
@@ -55,8 +64,25 @@ def run_notebook(notebook: Path, output: Path, values: Mapping[str, Any]) -> str
         partial.unlink()
     elif partial.exists():
         partial.replace(output if outcome is DONE else failed)
+    for folder, name in (named or {}).items():
+        told = told.replace(folder, name)
     say(f"{notebook.stem}: {told} ({format_seconds(time.monotonic() - started)})")
     return outcome
+
+
+class _Renaming:
+    """A stream that names one folder for another."""
+
+    def __init__(self, stream: TextIO, named: Mapping[str, str]) -> None:
+        self.stream, self.named = stream, named
+
+    def write(self, text: str) -> int:
+        for folder, name in self.named.items():
+            text = text.replace(folder, name)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def run_in_place(notebook: Path, scratch: Path) -> str:

@@ -1,6 +1,7 @@
 """What one run is (RunConfig) and what a profile file says (Profile), checked before anything is read or trained."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mcar_lib import backbones
 from mcar_lib.data import DATA_SETS
 from mcar_lib.errors import ConfigError, NotInProfileError
+from mcar_lib.files import reading, user_path
 from mcar_lib.model import Pooling, check_image_size
 from mcar_lib.regions import Selection, check_threshold
 from mcar_lib.training import Recipe
@@ -114,7 +116,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str
+    name: Annotated[str, Field(max_length=100)]
     title: str
     seeds: tuple[int, ...]
     bootstrap_resamples: Annotated[int, Field(ge=1)]
@@ -122,6 +124,14 @@ class Profile(BaseModel):
     run: RunConfig
     ablations: dict[AxisName, Axis] = Field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_folder(cls, name: str) -> str:
+        """Results lie in a folder of this name, so it must not lead elsewhere, or into one that has another use."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name.lower() in ("local", "published"):
+            raise ValueError(f"{name!r}: use letters, digits, - and _, and neither local nor published")
+        return name
 
     @model_validator(mode="after")
     def _axes_are_runs(self) -> "Profile":
@@ -175,14 +185,15 @@ def load_profile(name_or_path: str) -> Profile:
     Raises ConfigError for an unknown name, broken TOML, an unknown key or a value of the wrong type or range.
     """
     folder = Path(__file__).parent.parent / "profiles"
-    path = Path(name_or_path) if name_or_path.endswith(".toml") else folder / f"{name_or_path}.toml"
-    if not path.is_file():
-        names = ", ".join(sorted(known.stem for known in folder.glob("*.toml")))
-        raise ConfigError(f"no profile {name_or_path!r}; choose one of {names}, or give a path that ends in .toml")
-    try:
+    names = ", ".join(sorted(known.stem for known in folder.glob("*.toml")))
+    if not isinstance(name_or_path, str):
+        raise ConfigError(f"profile {name_or_path!r}: a profile is named by a text; choose one of {names}")
+    path = user_path(name_or_path) if name_or_path.endswith(".toml") else folder / f"{name_or_path}.toml"
+    if not path.exists():
+        there = "no such file" if name_or_path.endswith(".toml") else "no such profile"
+        raise ConfigError(f"{name_or_path!r}: {there}; choose one of {names}, or give a path that ends in .toml")
+    with reading(path, "valid TOML", ConfigError):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
     return _validated(Profile, values, str(path))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mcar_lib.files import checkout
 from mcar_lib.training import processes
 
 
@@ -62,10 +63,12 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """The commit of the checkout, with -dirty behind it when files differ from it."""
+    if (root := checkout()) is None:  # what git would describe is somebody else's project
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
-            cwd=Path(__file__).parent,
+            cwd=root,
             capture_output=True,
             text=True,
             check=True,

@@ -6,6 +6,7 @@ Needs neither data nor weights: the published data sets are as large as their of
 import csv
 import functools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcar_lib.backbones import build_backbone
 from mcar_lib.data.published import PUBLISHED
 from mcar_lib.errors import ConfigError
-from mcar_lib.files import project_root
+from mcar_lib.files import published_table
 from mcar_lib.runs.config import Profile, RunConfig
 
 BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
@@ -69,21 +70,22 @@ class PlannedRun:
         }
 
 
-def plan(profile: Profile) -> list[PlannedRun]:
+def plan(profile: Profile, named: str | None = None) -> list[PlannedRun]:
     """The rows of a profile in the order of the published table, or its main comparison where it has no rows.
 
+    named: the profile as commands are to name it, a path say; by default its own name.
     Raises ConfigError for a data set whose size is not known beforehand (one's own images).
     """
     if profile.rows:
-        runs = [(name, profile.row(name), f"--row {name} --data-root DIR") for name in profile.rows]
+        runs = [(name, profile.row(name), f"--row {shlex.quote(name)} --data-root DIR") for name in profile.rows]
     else:
         both = [profile.run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]
         options = "--set local_stream={} --set seed={}"
         runs = [(each.label, each, options.format(str(each.local_stream).lower(), each.seed)) for each in both]
-    published = published_map()
+    published, command = published_map(), f"mcar train --profile {shlex.quote(named or profile.name)}"
     order = {key: place for place, key in enumerate(published)}
     return [
-        _planned(name, config, published.get(key_of(config)), f"mcar train --profile {profile.name} {options}")
+        _planned(name, config, published.get(key_of(config)), f"{command} {options}")
         for name, config, options in sorted(runs, key=lambda run: order.get(key_of(run[1]), len(order)))
     ]
 
@@ -109,7 +111,7 @@ def key_of(config: RunConfig) -> Key:
 
 def published_map() -> dict[Key, float]:
     """The published mAP in percent by data set, backbone and input size (results/published/map.csv)."""
-    with (project_root() / "results" / "published" / "map.csv").open(encoding="utf-8", newline="") as stream:
+    with published_table("map.csv").open(encoding="utf-8", newline="") as stream:
         rows = csv.DictReader(stream)
         return {(row["dataset"], row["backbone"], int(row["image_size"])): float(row["percent"]) for row in rows}
 

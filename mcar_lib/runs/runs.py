@@ -13,7 +13,7 @@ from typing import Any
 
 from mcar_lib.backbones import weights_fingerprint
 from mcar_lib.errors import DataError, WeightsError
-from mcar_lib.files import made_folder, project_root, write_json
+from mcar_lib.files import OTHER_ARTIFACTS, made_folder, project_root, results_folder, user_path, write_json
 from mcar_lib.model import MCAR
 from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
@@ -28,9 +28,10 @@ from mcar_lib.training import StreamScores, processes
 class Runs:
     """The runs of one profile: where their records are read from and written to, found, trained and tested.
 
-    results: the folder results/ with the committed records (read only), or results/local, where own runs go. A run that
-    the committed records lack is trained into results/local; the two origins never share a folder. artifacts: weights,
-    scores and scenes.
+    results: by default, and as "results", the checkout's folder with the committed records (read only); "results/local"
+    is the checkout's too, where own runs go; any other path is taken from the working folder. A run that the committed
+    records lack is trained into results/local; the two origins never share a folder. artifacts: weights, scores and
+    scenes. Raises ConfigError for an argument that cannot be what it should.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Runs:
         verbose: bool = True,
     ) -> None:
         root = project_root()
-        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         committed = (root / "results").resolve()
-        self.results = (root / results).resolve() if results else committed
+        self.results = results_folder(results, root)
         self.local = committed / "local" if self.results == committed else self.results
-        self.artifacts = Path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
+        self.artifacts = user_path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
         data_root = data_root or os.environ.get("MCAR_DATA")
-        place = Path(data_root).expanduser().resolve() if data_root else None
+        place = user_path(data_root).resolve() if data_root else None
         self.splits = Splits(self.artifacts, place, verbose)
         self.verbose = verbose
 
@@ -96,7 +97,7 @@ class Runs:
         return self.find(config) or self._train(config)
 
     def _train(self, config: RunConfig) -> Record:
-        processes.broadcast_from_main(lambda: made_folder(self.local_folder / "runs"))
+        processes.broadcast_from_main(self._check_places)
         keys = self.keys(config)
         run_id = run_id_of(config, keys)
         outcome = self._place(run_id)
@@ -120,6 +121,10 @@ class Runs:
 
             return processes.broadcast_from_main(keep)
 
+    def _check_places(self) -> None:
+        made_folder(self.local_folder / "runs")
+        made_folder(self.artifacts / "runs", OTHER_ARTIFACTS)
+
     # What a run leaves on this machine ------------------------------------------------------------------------------
 
     def outcome(self, config: RunConfig, keys: Mapping[str, str] | None = None) -> Outcome:
@@ -138,6 +143,7 @@ class Runs:
         self.run(config)
         outcome = self.outcome(config)
         if not outcome.is_here():
+            processes.broadcast_from_main(lambda: made_folder(self.artifacts / "runs", OTHER_ARTIFACTS))
             if self.verbose:
                 say(f"the weights of {config.label} are not on this machine; training it")
             with outcome.locked():
