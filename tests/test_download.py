@@ -616,22 +616,21 @@ def test_a_damaged_archive_is_one_sentence_and_changes_nothing(kind: str, tmp_pa
     good = zip_of(made) if kind == "zip" else tar_of(made)
     root.mkdir()
     (root / "mine.txt").write_text("mine")
-    refused = 0
+    said = []
     for content in mutated(good):
         archive.write_bytes(content)
         try:
             unpack(archive, root)
         except DataError as error:
-            refused += 1
-            assert str(archive) in str(error)
-            assert len(str(error).splitlines()) == 1
+            said.append(str(error))
         else:
             shutil.rmtree(root)
             root.mkdir()
             (root / "mine.txt").write_text("mine")
         assert [path.name for path in root.iterdir()] == ["mine.txt"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "made", archive.name]
-    assert refused > 100
+    assert len(said) > 100
+    assert [text for text in said if str(archive) not in text or len(text.splitlines()) > 1] == []
 
 
 # ---- archives brought by hand
