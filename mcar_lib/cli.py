@@ -11,9 +11,11 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
 EPILOG = (
     "Exit codes: 0 done; 1 a notebook or run failed, or a generated file drifted; 2 wrong usage or configuration; "
-    "3 data; 4 weights or checkpoint; 5 results; 130 interrupted."
+    "3 data; 4 weights or checkpoint; 5 results; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM."
 )
 # What the scores of a checkpoint depend on beside its weights.
 RELEASED = (
@@ -47,6 +49,16 @@ class Commands(TyperGroup):
     """Turns this project's errors into one message and an exit code; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        try:
+            with _signals_stop():
+                return self._invoke(ctx)
+        except KeyboardInterrupt as stop:
+            if _is_first_to_tell():
+                how = f"stopped by {stop.signal.name}" if isinstance(stop, Stopped) else "interrupted"
+                typer.echo(f"{how}; the same command goes on from here", err=True)
+            raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             with _one_voice():
                 return super().invoke(ctx)
@@ -61,9 +73,6 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"error: this needs the package {error.name}; install it, or requirements.lock", err=True)
             code = EXIT_CODES[ConfigError]
-        except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on from here", err=True)
-            code = 130
         raise typer.Exit(code)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -73,6 +82,46 @@ class Commands(TyperGroup):
 
             processes.check_command(found[0])
         return found
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks this program to end, which it does as on Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Meanwhile SIGTERM and SIGHUP raise Stopped, once: timeout and terminals send theirs twice. One that is ignored,
+    as nohup has it, stays so."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    stops = [
+        each for each in map(signal.Signals.__getitem__, names) if is_main and signal.getsignal(each) is signal.SIG_DFL
+    ]
+
+    def stop(number: int, _: object) -> None:
+        for each in stops:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for each in stops:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each in stops:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _is_first_to_tell() -> bool:
+    if not _started_by_torchrun():
+        return True
+    from mcar_lib.training import processes
+
+    return processes.is_first_to_tell()
 
 
 def _started_by_torchrun() -> bool:

@@ -10,7 +10,7 @@ IN_A_NOTEBOOK = any(base.__name__ == "tqdm_notebook" for base in tqdm.__mro__)  
 
 
 def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes
 
 
 def speaks() -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from mutations import mutated
 from test_data import write_coco, write_photo, write_voc
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from typer.testing import CliRunner, Result
@@ -34,6 +35,7 @@ from mcar_lib.data.download import (
     voc_split_is_there,
 )
 from mcar_lib.data.published import PUBLISHED, PublishedSplit
+from mcar_lib.data.unpacking import unpack
 from mcar_lib.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +49,15 @@ CUT = 300_000  # bytes; more than one chunk of the transfer, less than an archiv
 
 @dataclass
 class Server:
-    """Serves `files`; notes each request; can cut transfers, ignore ranges, and fail."""
+    """Serves `files`; notes each request; can cut transfers, ignore or refuse ranges, state other headers, and fail."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     cut_after: list[int] = field(default_factory=list)  # bytes, for one response after the other
     ranges: bool = True
+    refuses_ranges: bool = False
+    headers: dict[str, str] = field(default_factory=dict)  # instead of or beside the right ones
+    more: bytes = b""  # sent after what was asked for
     status: int = 200
     address: str = ""
 
@@ -76,21 +81,22 @@ def answer(server: Server, request: BaseHTTPRequestHandler) -> None:
     start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges else 0
     if version is not None and version != etag:
         start = 0
-    if start >= len(content):
+    if start >= len(content) or (start and server.refuses_ranges):
         request.send_response(416)
         request.send_header("Content-Range", f"bytes */{len(content)}")
         request.send_header("Content-Length", "0")
         request.end_headers()
         return
     request.send_response(206 if start else 200)
-    request.send_header("Content-Length", str(len(content) - start))
-    request.send_header("ETag", etag)
+    headers = {"Content-Length": str(len(content) - start + len(server.more)), "ETag": etag}
     if start:
-        request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+    for named, value in {**headers, **server.headers}.items():
+        request.send_header(named, value)
     request.end_headers()
     cut = server.cut_after.pop(0) if server.cut_after else len(content)
     with contextlib.suppress(ConnectionError):  # the client may hang up
-        request.wfile.write(content[start : start + cut])
+        request.wfile.write(content[start : start + cut] + server.more)
     request.close_connection = True
 
 
@@ -299,6 +305,82 @@ def test_a_transfer_that_always_adds_something_is_never_given_up(voc: Voc) -> No
     voc.server.cut_after = [70_000] * 20
     assert voc.get(voc.test) == [TEST_TAR]
     assert len(voc.server.requests) > download.ATTEMPTS + 2
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["refused", "ignored"])
+def test_a_server_that_always_breaks_off_and_takes_no_range_is_given_up(refuses: bool, voc: Voc) -> None:
+    voc.server.refuses_ranges, voc.server.ranges = refuses, refuses
+    voc.server.cut_after = [CUT] * 50
+    with pytest.raises(DataError, match="could not be fetched"):
+        voc.get(voc.test)
+    assert len(voc.server.requests) <= 2 * download.ATTEMPTS
+
+
+def part_of(voc: Voc, content: bytes, **receipt: object) -> Path:
+    """A part of the test archive that an earlier call has left, with a receipt."""
+    part = voc.root / "downloads" / f"{TEST_TAR}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content)
+    part.with_suffix(".json").write_text(json.dumps({"url": voc.server.url(TEST_TAR), **receipt}), encoding="utf-8")
+    return part
+
+
+@pytest.mark.parametrize("validator", [5, None, ["x"], "a\nb", " a", "\u2603"], ids=repr)
+def test_a_damaged_receipt_costs_no_more_than_its_validator(validator: object, voc: Voc) -> None:
+    part_of(voc, voc.server.files[TEST_TAR][:CUT], validator=validator, sha256=["of", 7])
+    assert voc.get(voc.test) == [TEST_TAR]
+    assert voc.server.requests == [(TEST_TAR, f"bytes={CUT}-", None)]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00"], ids=repr)
+def test_a_receipt_that_is_no_json_object_is_passed_over(text: str, voc: Voc) -> None:
+    part_of(voc, voc.server.files[TEST_TAR][:CUT]).with_suffix(".json").write_text(text, encoding="utf-8")
+    assert voc.get(voc.test) == [TEST_TAR]
+
+
+def test_a_receipt_that_does_not_fit_on_the_disk_is_told(voc: Voc, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DataError, match=r"the disk is full; make room"):
+        voc.get(voc.test)
+
+
+def test_a_compressed_transfer_is_refused_and_nothing_is_written(voc: Voc) -> None:
+    voc.server.headers = {"Content-Encoding": "gzip"}
+    with pytest.raises(DataError, match=r"sends the file compressed \(gzip\)"):
+        voc.get(voc.test)
+    assert voc.downloads == []
+
+
+def test_a_rest_that_is_longer_than_the_file_is_never_written(voc: Voc) -> None:
+    part = part_of(voc, voc.server.files[TEST_TAR][:CUT])
+    voc.server.more = bytes(3 * download.CHUNK_BYTES)
+    with pytest.raises(DataError, match=rf"sends more than the {voc.test.size:,} bytes"):
+        voc.get(voc.test)
+    assert part.stat().st_size <= voc.test.size
+
+
+@pytest.mark.parametrize("span", ["bytes 7-", "bytes", "items 0-1/2", "bytes {start}-9/\u00b2", "bytes {start}-9/*"])
+def test_another_range_than_the_one_asked_for_is_not_mixed_in(span: str, voc: Voc) -> None:
+    part_of(voc, voc.server.files[TEST_TAR][:CUT])
+    voc.server.headers = {"Content-Range": span.format(start=CUT)}
+    assert voc.get(voc.test) == [TEST_TAR]
+    assert voc.server.asked == [f"bytes={CUT}-", None]
+
+
+@pytest.mark.parametrize("length", ["-1", "12x", "\u00b2"])
+def test_a_length_that_is_no_number_is_told(length: str, voc: Voc) -> None:
+    voc.server.headers = {"Content-Length": length}
+    with pytest.raises(DataError, match="could not be fetched"):
+        voc.get(voc.test)
+
+
+def test_a_part_that_cannot_be_written_is_told(voc: Voc) -> None:
+    (voc.root / "downloads" / f"{TEST_TAR}.part").mkdir(parents=True)  # a folder, which root cannot write either
+    with pytest.raises(DataError, match="choose another --data-root"):
+        voc.get(voc.test)
 
 
 def test_a_server_without_ranges_starts_anew(voc: Voc) -> None:
@@ -523,6 +605,32 @@ def test_what_a_killed_unpacking_left_is_cleared(voc: Voc) -> None:
     assert voc.get(voc.test) == [TEST_TAR]
     assert hidden(voc.root) == []
     assert not any("half" in name for name in tree(voc.root))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_damaged_archive_is_one_sentence_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    made, root, archive = tmp_path / "made", tmp_path / "data", tmp_path / f"small.{kind}"
+    for name in ("VOCdevkit/a.txt", "VOCdevkit/ImageSets/b.txt"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(name * 20)
+    good = zip_of(made) if kind == "zip" else tar_of(made)
+    root.mkdir()
+    (root / "mine.txt").write_text("mine")
+    said = []
+    for content in mutated(good):
+        archive.write_bytes(content)
+        try:
+            unpack(archive, root)
+        except DataError as error:
+            said.append(str(error))
+        else:
+            shutil.rmtree(root)
+            root.mkdir()
+            (root / "mine.txt").write_text("mine")
+        assert [path.name for path in root.iterdir()] == ["mine.txt"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "made", archive.name]
+    assert len(said) > 100
+    assert [text for text in said if str(archive) not in text or len(text.splitlines()) > 1] == []
 
 
 # ---- archives brought by hand

@@ -142,9 +142,17 @@ class _Place:
             return read_json(self.receipt_path)
         return {}
 
+    def validator_of(self, url: str) -> str | None:
+        """What the part came under from an address, if it can stand in a header: a damaged receipt has anything."""
+        known = self.receipt
+        value = known.get("validator")
+        fits = isinstance(value, str) and value.isascii() and value.isprintable() and value == value.strip()
+        return value if fits and known.get("url") == url else None
+
     def note(self, **known: Any) -> None:
         text = json.dumps(self.receipt | known, indent=1) + "\n"
-        write_atomically(self.receipt_path, lambda path: path.write_text(text, encoding="utf-8"))
+        advice = "choose another --data-root"
+        write_atomically(self.receipt_path, lambda path: path.write_text(text, encoding="utf-8"), DataError, advice)
 
     def get(self, keep: bool, pause: Callable[[float], None]) -> None:
         """Unpacks the archive, fetched if need be; one that was here stays, right or wrong."""
@@ -175,12 +183,12 @@ class _Place:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             md5 = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        if archive.md5 not in (None, md5):
+            return f"md5 {md5}, {archive.md5} is right"
         if archive.md5 is None:
             say(f"{archive.name}: no published checksum; its size and the archive's own checksums are used")
-        elif md5 != archive.md5:
-            return f"md5 {md5}, {archive.md5} is right"
-        if before and sha256 != before:
-            return f"sha256 {sha256}, and {before} when it was fetched before"
+            if before and sha256 != before:
+                return f"sha256 {sha256}, and {before} when it was fetched before"
         self.note(size=size, sha256=sha256)
         return ""
 
@@ -203,14 +211,14 @@ class _Place:
         raise DataError(f"{report}\n{_by_hand(self.archive, self.folder)}{kept if self.have else ''}")
 
     def fetch(self, session: requests.Session, url: str, pause: Callable[[float], None]) -> None:
-        """Brings the part to its full length, in as many goes as it takes while each adds something."""
-        failed = 0
+        """Brings the part to its full length, in as many goes as it takes while they come further than any before."""
+        failed, furthest = 0, self.have
         while True:
-            before = self.have
             try:
                 return self.transfer(session, url)
             except requests.RequestException as error:
-                failed = 1 if self.have > before else failed + 1
+                failed = 1 if self.have > furthest else failed + 1
+                furthest = max(furthest, self.have)
                 if failed == ATTEMPTS or isinstance(error, requests.HTTPError):
                     raise
                 seconds = 2 ** (failed - 1)
@@ -219,10 +227,10 @@ class _Place:
 
     def transfer(self, session: requests.Session, url: str) -> None:
         """One request for the rest of the part. HTTPError: this address does not give it; others: asking again may."""
-        size, receipt = self.archive.size, self.receipt
+        size = self.archive.size
         if self.have == size:
             return  # only the check was missing
-        validator = receipt.get("validator") if url == receipt.get("url") else None
+        validator = self.validator_of(url)
         too_long = size is not None and self.have > size
         if too_long or not (self.archive.md5 or validator):  # no checksum would notice a mix of two files
             self.part.unlink(missing_ok=True)
@@ -234,33 +242,37 @@ class _Place:
             goes_on = status == 206 and span.startswith(f"bytes {self.have}-")
             start = self.have if goes_on else 0
             length = span.rpartition("/")[2] if goes_on else response.headers.get("Content-Length", "")
-            total = int(length) if length.isdigit() else None
+            total = int(length) if length.isdecimal() else None
             if status in (206, 416) and not (goes_on and size in (None, total)):
                 self.part.unlink(missing_ok=True)
                 raise requests.ConnectionError("the server does not go on where the transfer stopped; starting anew")
             if status not in (200, 206):
                 busy = status == 429 or status >= 500
                 raise (requests.ConnectionError if busy else requests.HTTPError)(f"HTTP {status} {response.reason}")
+            if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+                raise requests.HTTPError(f"sends the file compressed ({coding}), which it was asked not to")
             if size not in (None, total):  # a login page, say; what is here is not given up for it
                 served = "an unknown number of" if total is None else f"{total:,}"
                 raise requests.HTTPError(f"serves {served} bytes, {size:,} are right")
             tag = response.headers.get("ETag", "W/")  # a weak one is no good in If-Range (RFC 9110, section 13.1.5)
             validator = response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
             self.note(url=url, validator=validator, size=total)
-            self.receive(response, start, total or start)
+            self.receive(response, start, total)
         if total not in (None, self.have):
             raise requests.ConnectionError(f"the connection ended after {self.have:,} of {total:,} bytes")
 
-    def receive(self, response: requests.Response, start: int, total: int) -> None:
-        """Writes what comes to the part, from byte `start` on."""
+    def receive(self, response: requests.Response, start: int, total: int | None) -> None:
+        """Writes what comes to the part, from byte `start` on; HTTPError before a byte too many."""
         title = f"fetching {self.archive.name}" + (f" from {start // MEGABYTE:,} MB on" if start else "")
-        rest = (total - start) // MEGABYTE
+        rest = ((total or start) - start) // MEGABYTE
         with (
             full_disk_is_told(self.folder, title),
             self.part.open("ab" if start else "wb") as file,
             Progress(title, rest, unit="MB", enabled=self.verbose) as progress,
         ):
             for chunk in response.iter_content(CHUNK_BYTES):
+                if total is not None and file.tell() + len(chunk) > total:
+                    raise requests.HTTPError(f"sends more than the {total:,} bytes that it states")
                 file.write(chunk)
                 progress.update((file.tell() - start) // MEGABYTE, rest)
 

@@ -6,7 +6,6 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,8 +14,6 @@ from mcar_lib.data.preparation import Problems
 from mcar_lib.errors import DataError
 from mcar_lib.progress import say
 
-# What a damaged or encrypted archive makes the two libraries raise.
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 # A split is there when its list is: lists are moved into place after the photos that they name.
 LISTS = ("ImageSets", "annotations")
 
@@ -39,10 +36,13 @@ def unpack(archive: Path, root: Path) -> int:
             _refuse_to_overwrite(made, root, title)
             _move(made, root)
         return count
-    except DAMAGED as error:
-        raise DataError(f"{archive}: damaged or not an archive ({error}); delete it and fetch it again") from error
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{archive}: cannot be unpacked into {root} ({error})") from error
+    except Exception as error:  # what a damaged or encrypted archive makes the two libraries raise is anybody's guess
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DataError(f"{archive}: damaged or not an archive ({reason}); delete it and fetch it again") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -15,6 +15,14 @@ import torch
 from mcar_lib.files import checkout
 from mcar_lib.training import processes
 
+# Settings that make a processor act like another: they change sums in their last bits, as another machine does.
+LIKE_ANOTHER_MACHINE = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "OMP_DYNAMIC"),
+    *("OMP_THREAD_LIMIT", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DYNAMIC"),
+    *("OPENBLAS_CORETYPE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_CUDNN_USE_HEURISTIC_MODE_B"),
+    *("TORCH_CUDNN_V8_API_DISABLED", "NCCL_ALGO", "NCCL_PROTO"),
+)
+
 
 def peak_memory() -> int:
     """Bytes: of the GPU's memory where there is one, else of this process."""
@@ -37,6 +45,7 @@ def describe_environment(threads: int = 0) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
         "processes": processes.num_processes(),
+        "settings": {name: os.environ[name] for name in LIKE_ANOTHER_MACHINE if name in os.environ},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

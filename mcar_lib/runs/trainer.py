@@ -19,7 +19,7 @@ from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.measures import count_macs, run_cost, run_metrics, stream_metrics
 from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.splits import Data, Splits
-from mcar_lib.training import EVALUATION_BATCH, INITIALISATION, EpochResult, Fit, evaluate, fit, processes
+from mcar_lib.training import EVALUATION_BATCH, INITIALISATION, EpochResult, Fit, check_groups, evaluate, fit, processes
 from mcar_lib.weights import load_named, load_release_checkpoint, read_state_dict
 
 
@@ -145,6 +145,7 @@ def dry_run(splits: Splits, config: RunConfig, threads: int = 0) -> DryRun:
     scored = data.train if data.scored is None else data.scored
     test = scored.select(range(min(EVALUATION_BATCH, len(scored))))
     mcar = processes.main_first(lambda: build_model(config, len(train.classes)))
+    check_groups(mcar, len(data.train), config.image_size, config)
     squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
     with tempfile.TemporaryDirectory() as folder, cpu_threads(threads):
         state = fit(mcar, *squares, config.vary(epochs=1), Path(folder), verbose=False)

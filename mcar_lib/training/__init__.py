@@ -3,7 +3,15 @@
 from mcar_lib.data.transforms import network_input
 from mcar_lib.training import processes
 from mcar_lib.training.checkpoint import CHECKPOINT, PREVIOUS, EpochResult, Fit
-from mcar_lib.training.loop import EVALUATION_BATCH, evaluate, fit, keep_freed_memory, stream_map
+from mcar_lib.training.loop import (
+    EVALUATION_BATCH,
+    SETTINGS,
+    check_groups,
+    evaluate,
+    fit,
+    keep_freed_memory,
+    stream_map,
+)
 from mcar_lib.training.recipe import (
     EPOCH,
     EVALUATION,
@@ -25,8 +33,34 @@ from mcar_lib.training.recipe import (
 )
 
 __all__ = [
-    "CHECKPOINT", "EPOCH", "EVALUATION", "EVALUATION_BATCH", "INITIALISATION", "ORDER", "PREVIOUS", "EpochOrder",
-    "EpochResult", "Fit", "Positive", "Recipe", "StepLoss", "StreamScores", "TrainingImages", "batch_scores",
-    "build_optimizer", "build_schedule", "evaluate", "fit", "forward_in_groups", "keep_freed_memory",
-    "network_input", "parameter_groups", "processes", "seed_everything", "stream_map", "training_step",
+    "CHECKPOINT",
+    "EPOCH",
+    "EVALUATION",
+    "EVALUATION_BATCH",
+    "INITIALISATION",
+    "ORDER",
+    "PREVIOUS",
+    "SETTINGS",
+    "EpochOrder",
+    "EpochResult",
+    "Fit",
+    "Positive",
+    "Recipe",
+    "StepLoss",
+    "StreamScores",
+    "TrainingImages",
+    "batch_scores",
+    "build_optimizer",
+    "build_schedule",
+    "check_groups",
+    "evaluate",
+    "fit",
+    "forward_in_groups",
+    "keep_freed_memory",
+    "network_input",
+    "parameter_groups",
+    "processes",
+    "seed_everything",
+    "stream_map",
+    "training_step",
 ]  # fmt: skip

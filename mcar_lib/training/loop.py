@@ -6,7 +6,9 @@ statistics_batch = batch_size / P, but for the running statistics, which are tho
 """
 
 import contextlib
+import copy
 import ctypes
+import os
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mcar_lib.data.transforms import ResizedImages, network_input
+from mcar_lib.errors import ConfigError
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, format_seconds, say
@@ -41,6 +44,14 @@ from mcar_lib.training.recipe import (
 
 EVALUATION_BATCH = 32
 Maps = tuple[float | None, float | None, float | None]
+# Settings that are read where we cannot set them, and what they may say. Anything else rounds float32 more coarsely;
+# the last takes TF32 away from the convolutions of a GPU. Those that act like another processor (its instructions, its
+# algorithms) are not here: a record names them, as it names the processor.
+SETTINGS = {
+    "ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "DNNL_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "NVIDIA_TF32_OVERRIDE": ("",),
+}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -59,10 +70,11 @@ def fit(
     machine with as many processes. The model holds the last epoch's weights afterwards. test: None where nothing can be
     scored. workers: processes that read images (0: this one).
     Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint of another architecture or recipe,
-    ConfigError on a batch that the processes cannot share; a truncated checkpoint is passed over for the one before it,
-    and said so.
+    ConfigError on a batch that the processes cannot share or that leaves an image alone (see check_groups); a truncated
+    checkpoint is passed over for the one before it, and said so.
     """
     processes.check_batch(recipe.batch_size, recipe.statistics_batch)
+    check_groups(model, len(train), train.size, recipe)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     job = _Job(model, train, recipe, workers)
     state = resume(folder, recipe, model, job.optimizer, job.schedule)
@@ -78,6 +90,41 @@ def fit(
         if verbose:
             say(_epoch_line(result, recipe.epochs, len(train)))
     return state
+
+
+def check_groups(model: MCAR, images: int, size: int, recipe: Recipe) -> None:
+    """Raises ConfigError where a step has an image alone that batch normalisation cannot take: at image_size 32 it has
+    one value per channel. On a larger map such an image trains."""
+    if _smallest_group(images, recipe) > 1:
+        return
+    features = copy.deepcopy(model.features).train()
+    try:
+        with torch.no_grad():
+            features(torch.zeros(1, 3, size, size, device=model.convclass.weight.device))
+    except ValueError as error:  # from torch.nn.functional.batch_norm
+        batch, group, count = recipe.batch_size, recipe.statistics_batch, processes.num_processes()
+        step = count * (group if count > 1 and group else 1)  # see processes.check_batch
+        batches = range(batch + step, 2 * (batch + step) + 1, step)
+        works = (
+            each for each in batches if _smallest_group(images, recipe.model_copy(update={"batch_size": each})) > 1
+        )
+        ways = [f"batch_size {each}" for each in works][:1]
+        ways += ["another statistics_batch"] if group and images > 1 else []
+        ways += ["image_size 64 or more"] if size < 64 else []
+        raise ConfigError(
+            f"of {images} images in batches of {batch}{f' and groups of {group}' if group else ''} one is alone, which "
+            f"batch normalisation at image_size {size} cannot train on; choose {' or '.join(ways or ['more images'])}"
+        ) from error
+
+
+def _smallest_group(images: int, recipe: Recipe) -> int:
+    """The fewest images that share batch statistics in any step, of any process."""
+    shard = recipe.batch_size // processes.num_processes()
+    sizes = {min(images, recipe.batch_size), images % recipe.batch_size or recipe.batch_size}
+    shares = {len(range(size)[first : first + shard]) for size in sizes for first in range(0, recipe.batch_size, shard)}
+    # A process without an image of its own stands in with a whole shard.
+    groups = [(share or shard, recipe.statistics_batch or share or shard) for share in shares]
+    return min(share if share < group else share % group or group for share, group in groups)
 
 
 class _Job:
@@ -130,7 +177,12 @@ class _Job:
 
 
 def _accelerator(model: MCAR, precision: str) -> Accelerator:
-    """The device and the precision; the model is moved there."""
+    """The device and the precision; the model is moved there. No setting of the environment changes the arithmetic:
+    ConfigError names one that would."""
+    check_settings()
+    processes.forget_accelerate_settings()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
     keep_freed_memory()
     processes.num_processes()  # makes the process group, if there is to be one, the way this project wants it
     AcceleratorState._reset_state()  # else a process could only use the precision of its first run
@@ -143,6 +195,13 @@ def _accelerator(model: MCAR, precision: str) -> Accelerator:
     )
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return accelerator
+
+
+def check_settings() -> None:
+    """Raises ConfigError for a setting of the environment that changes what float32 computes."""
+    for name, allowed in SETTINGS.items():
+        if (value := os.environ.get(name, "")).upper() not in allowed:
+            raise ConfigError(f"{name} is {value!r} in the environment, which changes what float32 computes; unset it")
 
 
 def _test(model: MCAR, test: ResizedImages | None, recipe: Recipe, verbose: bool) -> tuple[StreamScores | None, Maps]:

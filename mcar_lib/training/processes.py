@@ -4,24 +4,31 @@ Where torchrun did not start this process it is the main process, alone: no proc
 """
 
 import contextlib
+import functools
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import nn
 
-from mcar_lib.errors import ConfigError, MCARError
+from mcar_lib.errors import ConfigError, MCARError, TrainingError
 
 T = TypeVar("T")
 
 COMMANDS = ("train", "evaluate")  # the commands that several processes can share
 ALIKE = "raised in every process; the main process tells it"
+TOLD = "another process tells it"
+GOES_ON = "the same command goes on from here"
+SECONDS_BETWEEN_BEATS, LOST_SECONDS = 5.0, 45.0
 
 
 def started_by_torchrun() -> bool:
@@ -43,9 +50,88 @@ def is_main() -> bool:
 
 
 def _state() -> PartialState:
+    _join()
+    return PartialState()
+
+
+@functools.cache
+def _join() -> "_Watch":
+    """Makes the process group, and watches that none of it is lost."""
+    _check_started()
+    forget_accelerate_settings()
     # Without a GPU accelerate would let every process train by itself, unless it is told to use the CPU. The others
     # wait long while the main process checks data or waits for another job's lock.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    return _Watch(state.process_index, state.num_processes)
+
+
+def _check_started() -> None:
+    """Raises ConfigError where LOCAL_RANK is there, but not all that torchrun sets beside it."""
+    rank, local, size = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    numbers = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": size, "MASTER_PORT": os.environ.get("MASTER_PORT", "")}
+    odd = [f"{name} is {value!r}" for name, value in numbers.items() if not (value.isascii() and value.isdigit())]
+    if not odd and int(rank) >= int(size):
+        odd = [f"RANK is {rank} of WORLD_SIZE {size}"]
+    odd += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR is not set"]
+    if odd:
+        raise ConfigError(
+            f"LOCAL_RANK in the environment says that torchrun started this process, but {', '.join(odd)}; "
+            "unset LOCAL_RANK, or start it with torchrun"
+        )
+
+
+def forget_accelerate_settings() -> None:
+    """Takes accelerate's settings out of the environment: the recipe alone says how a run computes, not what accelerate
+    launch or another job has left there (accumulated gradients, precisions, compilers, devices)."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
+class _Watch:
+    """Ends this process when torchrun or another process of the group is gone: a collective would wait on for a day.
+
+    Each process counts up a number of its own in torchrun's store; one that stands still is lost.
+    """
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.parent, self.ended = rank, os.getppid(), threading.Event()
+        self.seen = dict.fromkeys(range(count), time.monotonic())
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        for task in (self.beat, self.look):
+            threading.Thread(target=task, daemon=True).start()
+
+    def beat(self) -> None:
+        counted = dict.fromkeys(self.seen, 0)
+        with contextlib.suppress(RuntimeError):  # without a store nobody is seen any more
+            while not self.ended.is_set():
+                for each, before in counted.items():
+                    counted[each] = self.store.add(f"mcar/beats/{each}", int(each == self.rank))
+                    if counted[each] != before:
+                        self.seen[each] = time.monotonic()
+                self.ended.wait(SECONDS_BETWEEN_BEATS)
+
+    def look(self) -> None:
+        while not self.ended.wait(1):
+            lost = [each for each, when in self.seen.items() if time.monotonic() - when > LOST_SECONDS]
+            left = [each for each in self.seen if each not in lost] or [self.rank]
+            if os.getppid() != self.parent:
+                self.end("the process that started it is gone", self.rank == 0)
+            elif lost:
+                self.end(f"process {lost[0]} is not heard of any more", self.rank == left[0])
+
+    def end(self, reason: str, tell: bool) -> None:
+        if tell:
+            sys.stderr.write(f"error: this run cannot go on: {reason}; {GOES_ON}\n")
+            sys.stderr.flush()
+        os._exit(1)  # the main thread may be in a collective, which nothing interrupts
+
+    def is_first(self) -> bool:
+        """Whether no other process has asked this."""
+        try:
+            return self.store.add("mcar/told", 1) == 1
+        except RuntimeError:
+            return self.rank == 0
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
@@ -126,11 +212,38 @@ def only_main_prints() -> Iterator[None]:
         yield
         return
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_the_network(error):
+                raise
+            lost = TrainingError(f"a process of this run was lost ({_short(error)}); {GOES_ON}")
+            if not is_first_to_tell():
+                lost.add_note(TOLD)
+            raise lost from error
+    _join().ended.set()
     _state().destroy_process_group()
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Gloo's errors have no type of their own, but name the file that they come from."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+
+
+def _short(error: RuntimeError) -> str:
+    """[/far/away/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3213 -> its own words."""
+    return str(error).splitlines()[0].rpartition("] ")[2].partition(" [")[0][:200] or "the connection ended"
+
+
+def is_first_to_tell() -> bool:
+    """Whether no other process of this run has asked this: what befalls all of them is told once."""
+    return not started_by_torchrun() or _join().is_first()
 
 
 def tells(error: MCARError) -> bool:
     """Whether this process should print an error: the others need not repeat what the main process says. They have the
     same command line, so they raise every ConfigError alike."""
-    return is_main() or not (isinstance(error, ConfigError) or ALIKE in getattr(error, "__notes__", ()))
+    notes = getattr(error, "__notes__", ())
+    if not started_by_torchrun() or not torch.distributed.is_initialized():
+        return True
+    return TOLD not in notes and (is_main() or not (isinstance(error, ConfigError) or ALIKE in notes))
