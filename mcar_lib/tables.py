@@ -3,6 +3,7 @@
 Nothing here trains or measures, and nothing knows which notebook asks.
 """
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from PIL import Image, ImageChops, ImageStat
 
 from mcar_lib.errors import ResultsError
-from mcar_lib.files import project_root, write_text
+from mcar_lib.files import project_root, write_bytes, write_text
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
 
 if TYPE_CHECKING:
@@ -69,13 +70,11 @@ def save(
 def save_figure(path: Path, figure: "Figure") -> None:
     """Writes a PNG without anything that changes from day to day. Where no pixel differs by more than ROUNDING,
     the picture that is there stays: processors round otherwise, and that would show as a change in git."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
+    fresh = io.BytesIO()
     figure.savefig(fresh, format="png", dpi=150, metadata={"Software": None})
-    if path.exists() and (apart := _apart(path, fresh)) and max(high for _, high in apart.extrema) <= ROUNDING:
-        fresh.unlink()
-    else:
-        fresh.replace(path)
+    apart = _apart(path, fresh) if path.exists() else None
+    if apart is None or max(high for _, high in apart.extrema) > ROUNDING:
+        write_bytes(path, fresh.getbuffer())
 
 
 def same_picture(a: Path, b: Path) -> bool:
@@ -84,7 +83,7 @@ def same_picture(a: Path, b: Path) -> bool:
     return apart is not None and max(apart.mean) <= GREY_LEVELS
 
 
-def _apart(a: Path, b: Path) -> ImageStat.Stat | None:
+def _apart(a: Path, b: Path | io.BytesIO) -> ImageStat.Stat | None:
     """How far the pixels of two pictures lie apart; None for pictures of different sizes."""
     one, two = (Image.open(path).convert("RGB") for path in (a, b))
     return ImageStat.Stat(ImageChops.difference(one, two)) if one.size == two.size else None

@@ -420,7 +420,9 @@ def test_a_finished_run_leaves_no_checkpoints(runs: Runs, record: Record) -> Non
     assert list((runs.artifacts / "runs").rglob("checkpoint*")) == []
 
 
-@pytest.mark.parametrize("moment", ["outcome.save_file", "outcome._save_scores", "trainer.run_cost", "runs.write_json"])
+@pytest.mark.parametrize(
+    "moment", ["outcome.safetensors_with_checksum", "outcome.np.savez", "trainer.run_cost", "runs.write_json"]
+)
 def test_a_run_killed_after_its_last_epoch_trains_no_epoch_again(
     open_runs: OpenRuns, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -291,7 +291,7 @@ def interrupt(*args: object, **options: object) -> None:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     """Makes the call-th call of a function of the training loop end the run as a user's interrupt does."""
-    module = checkpoint if name == "write_atomically" else loop
+    module = checkpoint if name == "write_bytes" else loop
     calls = itertools.count(1)
     real = getattr(module, name)
 
@@ -311,7 +311,7 @@ MOMENTS = [
     pytest.param("training_step", 2, id="in the first epoch"),
     pytest.param("evaluate", 1, id="while testing the first epoch"),
     pytest.param("save", 2, id="before the second epoch is saved"),
-    pytest.param("write_atomically", 2, id="as the second epoch is saved"),
+    pytest.param("write_bytes", 2, id="as the second epoch is saved"),
     pytest.param("training_step", 2 * STEPS_PER_EPOCH + 1, id="at the start of the third epoch"),
     pytest.param("training_step", 2 * STEPS_PER_EPOCH + 3, id="at the end of the third epoch"),
     pytest.param("evaluate", 4, id="while testing the last epoch"),

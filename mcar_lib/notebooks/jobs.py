@@ -3,11 +3,12 @@
 A notebook finds or trains its runs and writes its own tables and figures, so each job may be killed and started again.
 """
 
+import contextlib
 import hashlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mcar_lib.files import made_folder, project_root, read_json, write_json, wri
 from mcar_lib.notebooks.runner import DONE, FAILED, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
 from mcar_lib.runs import Record, load_profile, read_records
+from mcar_lib.runs.records import following
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
 if TYPE_CHECKING:
@@ -51,7 +53,9 @@ def reproduce(
     values = {"profile": name, "profiles": [name], "results": str(results), "data_root": place, "readme": ""}
     made = made_folder(folder / "notebooks")
     selected = select_notebooks(notebooks or root / "notebooks", only)
-    earlier = read_json(made / "inputs.json") if (made / "inputs.json").exists() else {}
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(ResultsError):  # none, or unreadable: the notebooks are run again
+        earlier = read_json(made / "inputs.json")
     library, outcomes = _library(), {}
     for path in selected:
         if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, library, folder):
@@ -165,15 +169,9 @@ def publish(profile: str) -> None:
         raise ResultsError(f"{local} has no current run records; first: mcar reproduce --profile {profile}")
     _replace_folder(target / "runs", list(records.values()))
     for kind in KINDS:
-        following = [path for path in sorted((local / kind).glob("*.json")) if records.keys() >= _runs_of(path)]
-        _replace_folder(target / kind, following)
+        _replace_folder(target / kind, following(local / kind, list(records)))
     say(f"{target}: {len(records)} runs")
     report()
-
-
-def _runs_of(path: Path) -> set[str]:
-    content: Mapping[str, Any] = read_json(path)
-    return set(content["runs"] if "runs" in content else [content["run_id"]])
 
 
 def report(check: bool = False) -> None:
