@@ -113,10 +113,10 @@ def _advised(error: OSError, path: Path, advice: str) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return advice
     try:
-        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free in {path.parent}, and more are needed"
     except OSError:
-        free = "nothing more is free"
-    return f"the disk is full, {free} in {path.parent}; make room there and give the same command again"
+        free = str(path.parent)
+    return f"the disk is full, {free}; make room there and give the same command again"
 
 
 def remove_leftovers(folder: Path) -> None:
