@@ -493,7 +493,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> No
 
 
 def _cell(value: object) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN: nothing to compute it from
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else printable(" ".join(str(value).splitlines()))
 

@@ -4,9 +4,15 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import platform
+import re
 import secrets
+import shutil
 import tempfile
+import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,11 @@ def checkout() -> Path | None:
     described = PACKAGE.parent / "pyproject.toml"
     is_ours = described.is_file() and DISTRIBUTION in described.read_text(encoding="utf-8", errors="replace")
     return PACKAGE.parent if is_ours else None
+
+
+DAY = 24 * 60 * 60
+HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]  # another machine's process numbers say nothing here
+PARTIAL = re.compile(r"\..+\.(?P<machine>\w+)-(?P<process>\d+)-\w+\.part")
 
 
 def project_root() -> Path:
@@ -78,14 +89,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file; numbers keep all their digits. Raises ResultsError if it cannot."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=True) + "\n")
+    """Writes a JSON file; numbers keep all their digits, and those that are none (NaN, infinities) become null.
+
+    Raises ResultsError if it cannot.
+    """
+    write_text(path, json.dumps(_json(content), indent=1, allow_nan=False) + "\n")
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> Path:
     """Writes a text file whole or not at all, its folder too; raises ResultsError if it cannot."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+    write_bytes(path, text.encode())
     return path
+
+
+def write_bytes(
+    path: Path,
+    content: bytes | memoryview,
+    kind: type[MCARError] = ResultsError,
+    advice: str = "choose another --results folder",
+) -> None:
+    """As write_atomically, for what is in memory: writers of other libraries do not say why a write failed."""
+    write_atomically(path, lambda partial: partial.write_bytes(content), kind, advice)
 
 
 def write_atomically(
@@ -96,23 +128,66 @@ def write_atomically(
 ) -> None:
     """Calls write on a temporary neighbour, forces it to disk, and renames: the file is whole or it is not there.
 
-    The neighbour's name is this writer's own, so several may write one file: the last one's stays. The folder is made.
-    Raises `kind`, which says what to do, where the system refuses; what write raises beside that goes through.
+    The neighbour's name is this writer's own, so several may write one file: the last one's stays. The folder is made,
+    and cleared of what writers that were killed have left. Raises `kind`, which says what to do, where the system
+    refuses; what write raises beside that goes through.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    partial = path.with_name(f".{path.name}.{HERE}-{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         write(partial)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "the disk is full; make room and give the same command again"
-        raise kind(f"{path} cannot be written ({error.strerror or error}); {advice}") from error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # before the free room is told
+        raise kind(f"{path} cannot be written ({error.strerror or error}); {_advised(error, path, advice)}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _advised(error: OSError, path: Path, advice: str) -> str:
+    if error.errno == errno.EFBIG:
+        return "it is larger than a file may be here (ulimit -f); raise that limit and give the same command again"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return advice
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free in {path.parent}, and more are needed"
+    except OSError:
+        free = str(path.parent)
+    return f"the disk is full, {free}; make room there and give the same command again"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers of this module that were killed have left in a folder; where it cannot be told whether
+    they still live, what is older than a day."""
+    for path in folder.glob(".*.part"):
+        if found := PARTIAL.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                dead = found["machine"] == HERE and not _lives(int(found["process"]))
+                if dead or time.time() - path.stat().st_mtime > DAY:
+                    path.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def check_zip(path: Path) -> None:
+    """Holds every member of a zip file (so torch and NumPy write theirs) to its checksum, which their readers do not
+    all do. Raises BadZipFile, or what zipfile does on a broken file."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
 
 
 @contextlib.contextmanager

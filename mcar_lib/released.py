@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mcar_lib.backbones import Triple, lookup
 from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import WeightsError, as_markdown
-from mcar_lib.files import PACKAGE, write_atomically
+from mcar_lib.files import PACKAGE, write_bytes
 from mcar_lib.model import MCAR, Output, build_mcar
 from mcar_lib.regions import attention_maps
 from mcar_lib.weights import load_named
@@ -140,11 +140,7 @@ def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
         "environment": record.content["environment"],
     }
 
-    def write(partial: Path) -> None:
-        save_file(rounded, partial, {METADATA: json.dumps(about)})
-        partial.chmod(0o644)  # safetensors lets only its owner read it
-
-    write_atomically(path, write, WeightsError, "choose another --output")
+    write_bytes(path, save(rounded, {METADATA: json.dumps(about)}), WeightsError, "choose another --output")
     return load_released(path)
 
 

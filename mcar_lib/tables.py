@@ -3,6 +3,7 @@
 Nothing here trains or measures, and nothing knows which notebook asks.
 """
 
+import io
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -178,7 +179,7 @@ def same_picture(a: Path, b: Path) -> bool:
     return apart is not None and max(apart.mean) <= GREY_LEVELS
 
 
-def _apart(a: Path, b: Path) -> ImageStat.Stat | None:
+def _apart(a: Path, b: Path | io.BytesIO) -> ImageStat.Stat | None:
     """How far the pixels of two pictures lie apart; None for pictures of different sizes."""
     one, two = (Image.open(path).convert("RGB") for path in (a, b))
     return ImageStat.Stat(ImageChops.difference(one, two)) if one.size == two.size else None

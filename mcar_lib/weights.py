@@ -143,17 +143,17 @@ def _rename_by_position(features: nn.Module, loaded: StateDict) -> StateDict:
 
 # Files, by name ------------------------------------------------------------------------------------------------------
 
+CHECKSUM = "sha256"  # among the metadata of .safetensors files
+
 
 def read_state_dict(path: Path) -> StateDict:
     """Reads tensors from .safetensors or a torch file (weights_only), unwrapping {'state_dict': ...}.
 
-    Raises WeightsError if the file cannot be read as tensors by name.
+    Raises WeightsError if the file cannot be read as tensors by name, or differs from the checksum that it carries.
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _read_safetensors(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors each raise their own kinds
         raise WeightsError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
@@ -161,6 +161,40 @@ def read_state_dict(path: Path) -> StateDict:
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
     return loaded
+
+
+def safetensors_with_checksum(tensors: StateDict) -> bytes:
+    """The bytes of a .safetensors file that carries a checksum of its tensors, to which read_state_dict holds them."""
+    from safetensors.torch import save
+
+    return save(dict(tensors), {CHECKSUM: _checksum(tensors)})
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether a .safetensors file carries one: those that former versions wrote do not."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stored:
+        return CHECKSUM in (stored.metadata() or {})
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        expected = (stored.metadata() or {}).get(CHECKSUM)
+    if expected and expected != _checksum(tensors):
+        raise ValueError("the tensors differ from the checksum beside them: the file is damaged")
+    return tensors
+
+
+def _checksum(tensors: StateDict) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_named(model: nn.Module, loaded: StateDict, what: str) -> None:

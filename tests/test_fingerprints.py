@@ -360,17 +360,18 @@ def test_what_is_kept_beside_runs_follows_the_same_rule(
 ) -> None:
     monkeypatch.setitem(SAME_NUMBERS, "today", ("former",))
     made_anew = []
+    interval = {"format": 1, "a": ["x"], "b": [], "runs": ["x"], "low": 0.0, "high": 3.0}
 
     def make() -> dict[str, object]:
         made_anew.append(1)
-        return {"value": 2}
+        return {**interval, "mAP": 2.0}
 
-    path = runs.local_folder / "evaluations" / "name.json"
+    path = runs.local_folder / "comparisons" / "name.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"value": 1} if maker is None else {"value": 1, "made_by": maker}))
-    found = runs.keep("evaluations", "name", "today", make)
-    assert (found["value"], len(made_anew)) == (1 + made, made)
-    assert runs.keep("evaluations", "name", "today", make) == found
+    path.write_text(json.dumps({**interval, "mAP": 1.0} | ({} if maker is None else {"made_by": maker})))
+    found = runs.keep("comparisons", "name", "today", make)
+    assert (found["mAP"], len(made_anew)) == (1.0 + made, made)
+    assert runs.keep("comparisons", "name", "today", make) == found
     assert len(made_anew) == made
 
 

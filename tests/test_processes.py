@@ -268,7 +268,7 @@ def test_a_batch_that_two_processes_cannot_share_ends_the_job_before_it_begins(t
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_where_two_were_killed(tmp_path: Path) -> None:
+def test_two_processes_go_on_where_two_were_killed_and_one_refuses(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     process = job.start("--set", "epochs=5")
     ends = time.monotonic() + 120
@@ -279,8 +279,12 @@ def test_one_process_goes_on_where_two_were_killed(tmp_path: Path) -> None:
     (checkpoint,) = tmp_path.glob(f"artifacts/runs/*/{CHECKPOINT}")
     before = torch.load(checkpoint, weights_only=True)["history"]
     assert 0 < len(before) < 5
-    job.train_alone("--set", "epochs=5")
+    alone = CliRunner().invoke(app, ["train", *job.options, "--set", "epochs=5"])
+    assert alone.exit_code == 4, alone.output
+    assert "was made with processes: 2, and here are 1" in alone.stderr
+    done = job.train("--set", "epochs=5")
+    assert done.code == 0, done.err
     (record,) = job.records()
     assert record["history"][: len(before)] == before
     assert [result["epoch"] for result in record["history"]] == [1, 2, 3, 4, 5]
-    assert record["environment"]["processes"] == 1
+    assert record["environment"]["processes"] == 2

@@ -1,5 +1,6 @@
 """Runs that are trained once, records that are taken only where they still hold, and where all of it lies."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 
 from mcar_lib.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, build_backbone
 from mcar_lib.errors import ConfigError, DataError, ResultsError, WeightsError
+from mcar_lib.files import write_json
 from mcar_lib.metrics import average_precision, multilabel_metrics
 from mcar_lib.runs import (
     OPERATING_POINTS,
@@ -315,27 +317,83 @@ def test_a_record_with_an_edited_configuration_is_not_taken(
     assert open_runs().find(tiny_config) is None
 
 
+def without(record: Record, *place: str) -> str:
+    """A record's text less the value at a place."""
+    content = copy.deepcopy(dict(record.content))
+    inner = content
+    for name in place[:-1]:
+        inner = inner[name]
+    del inner[place[-1]]
+    return json.dumps(content)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("broken", "message"),
     [
-        ("{", "expected a JSON object, but"),
-        ("[]", "expected a JSON object, found list"),
-        ("{}", "not a run record of format 1; move it away"),
+        (lambda record: "{", "expected a JSON object, but"),
+        (lambda record: record.path.read_text()[:1000], "expected a JSON object, but"),
+        (lambda record: f"<<<<<<< ours\n{record.path.read_text()}", "expected a JSON object, but"),
+        (lambda record: "[]", "expected a JSON object, found list"),
+        (lambda record: "{}", "not a record of format 1"),
+        (lambda record: without(record, "run_id"), "run_id: Field required"),
+        (lambda record: without(record, "cost", "parameters"), "cost.parameters: Field required"),
+        (lambda record: without(record, "metrics", "best", "local", "at", "0.5", "CF1"), "CF1: Field required"),
+        (lambda record: json.dumps({**record.content, "keys": [1]}), "keys: Input should be a valid dictionary"),
+        (lambda record: json.dumps({**record.content, "history": []}), "its history has no epoch"),
+        (lambda record: json.dumps({**record.content, "config": {"colour": "red"}}), "colour: Extra inputs"),
+        (lambda record: json.dumps({**record.content, "config": {"epochs": "2"}}), "epochs: Input should be"),
     ],
-    ids=["broken", "no object", "another format"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_is_no_record_is_named(
-    runs: Runs, record: Record, tiny_config: RunConfig, text: str, message: str
+def test_a_file_that_is_no_record_is_named_once_and_passed_over(
+    runs: Runs,
+    record: Record,
+    tiny_config: RunConfig,
+    capsys: pytest.CaptureFixture[str],
+    broken: Callable[[Record], str],
+    message: str,
 ) -> None:
-    record.path.write_text(text)
-    with pytest.raises(ResultsError, match=f"{record.path.name}.*{message}"):
-        runs.find(tiny_config)
+    other = record.path.with_name("a-copy.json")
+    other.write_text(broken(record))
+    found = [runs.find(tiny_config) for _ in range(2)]
+    assert [each.path for each in found if each] == [record.path] * 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{other}: ")
+    assert message in line
+    assert line.endswith("; passed over, move it away")
 
 
-def test_a_current_record_with_an_unknown_option_is_named(runs: Runs, record: Record, tiny_config: RunConfig) -> None:
-    rewrite(record, config={"colour": "red"})
-    with pytest.raises(ResultsError, match=f"{record.path.name}.*colour: Extra inputs are not permitted; move it away"):
-        runs.find(tiny_config)
+def test_what_a_mac_leaves_beside_a_record_is_passed_over_without_a_word(
+    runs: Runs, record: Record, tiny_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record.path.with_name(f"._{record.path.name}").write_bytes(b"\0\5\x16\7")
+    assert runs.find(tiny_config) is not None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_broken_record_of_the_run_that_is_asked_for_is_made_again(
+    open_runs: OpenRuns, record: Record, tiny_config: RunConfig, trained: list[RunConfig]
+) -> None:
+    record.path.write_text(record.path.read_text()[:-100])
+    again = open_runs().run(tiny_config)
+    assert json.dumps(again.content["metrics"]) == json.dumps(record.content["metrics"])
+    assert trained == [tiny_config]
+
+
+def test_numbers_that_are_none_are_written_as_null_and_read_as_nan(
+    runs: Runs, record: Record, tiny_config: RunConfig
+) -> None:
+    content = copy.deepcopy(dict(record.content))
+    fused = content["metrics"]["last"]["fused"]
+    fused["mAP"], fused["AP"][3], fused["at"]["0.5"]["CF1"] = math.nan, math.inf, math.nan
+    content["history"][0]["map_fused"] = math.nan
+    write_json(record.path, content)
+    assert "NaN" not in record.path.read_text()
+    assert "Infinity" not in record.path.read_text()
+    (found,) = read_records(runs.local_folder)
+    values = (found.map(), found.stream()["AP"][3], found.stream()["at"]["0.5"]["CF1"])
+    assert all(map(math.isnan, (*values, found.content["history"][0]["map_fused"])))
+    assert json.dumps(found.stream("global")) == json.dumps(record.stream("global"))
 
 
 def test_a_record_of_other_arithmetic_may_have_unknown_options(
@@ -420,11 +478,13 @@ def test_a_finished_run_leaves_no_checkpoints(runs: Runs, record: Record) -> Non
     assert list((runs.artifacts / "runs").rglob("checkpoint*")) == []
 
 
-@pytest.mark.parametrize("moment", ["outcome.save_file", "outcome._save_scores", "trainer.run_cost", "runs.write_json"])
+@pytest.mark.parametrize(
+    "moment", ["outcome.safetensors_with_checksum", "outcome.np.savez", "trainer.run_cost", "runs.write_json"]
+)
 def test_a_run_killed_after_its_last_epoch_trains_no_epoch_again(
     open_runs: OpenRuns, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    def killed(*args: object) -> None:
+    def killed(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012

@@ -291,7 +291,7 @@ def interrupt(*args: object, **options: object) -> None:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     """Makes the call-th call of a function of the training loop end the run as a user's interrupt does."""
-    module = checkpoint if name == "write_atomically" else loop
+    module = checkpoint if name == "write_bytes" else loop
     calls = itertools.count(1)
     real = getattr(module, name)
 
@@ -311,7 +311,7 @@ MOMENTS = [
     pytest.param("training_step", 2, id="in the first epoch"),
     pytest.param("evaluate", 1, id="while testing the first epoch"),
     pytest.param("save", 2, id="before the second epoch is saved"),
-    pytest.param("write_atomically", 2, id="as the second epoch is saved"),
+    pytest.param("write_bytes", 2, id="as the second epoch is saved"),
     pytest.param("training_step", 2 * STEPS_PER_EPOCH + 1, id="at the start of the third epoch"),
     pytest.param("training_step", 2 * STEPS_PER_EPOCH + 3, id="at the end of the third epoch"),
     pytest.param("evaluate", 4, id="while testing the last epoch"),
@@ -440,6 +440,84 @@ def test_a_run_killed_between_both_renames_goes_on(
     train: Train, stopped: Path, uninterrupted: tuple[Fit, MCAR]
 ) -> None:
     (stopped / CHECKPOINT).replace(stopped / "checkpoint-new.pt")
+    assert differences(uninterrupted, train(stopped)) == []
+
+
+def test_no_flipped_bit_in_a_checkpoint_is_believed(stopped: Path) -> None:
+    path = stopped / CHECKPOINT
+    content = path.read_bytes()
+    expected = checkpoint._read(path)
+    for at in range(0, len(content), len(content) // 300):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        found = checkpoint._newest(stopped)
+        assert found is not None
+        if found[0] == path:  # the bit is none of the content's: a date, or what fills up a block
+            assert found[1]["history"] == expected["history"]
+            assert all(torch.equal(value, expected["model"][key]) for key, value in found[1]["model"].items())
+
+
+def test_a_checkpoint_that_was_written_whole_is_gone_on_from_whatever_is_with_the_others(
+    train: Train, stopped: Path, uninterrupted: tuple[Fit, MCAR]
+) -> None:
+    (stopped / CHECKPOINT).replace(stopped / checkpoint.NEW)
+    cut(stopped / PREVIOUS)
+    assert checkpoint._newest(stopped)[0].name == checkpoint.NEW  # type: ignore[index]
+    assert differences(uninterrupted, train(stopped)) == []
+
+
+def made_otherwise(folder: Path, **changes: object) -> None:
+    """The newest checkpoint as if it had been made under other circumstances; None for one that says nothing."""
+    content = torch.load(folder / CHECKPOINT, weights_only=True)
+    content["made"] = {**content["made"], **changes} if changes else {}
+    torch.save(content, folder / CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"processes": 2}, "was made with processes: 2, and here are 1, .* with torchrun --nproc-per-node 2, or move "),
+        (
+            {"device": "cuda"},
+            "was made on cuda, and this is cpu, which does not give the same numbers; go on there, or",
+        ),
+        ({"run": "0a1b2c"}, "belongs to the run '0a1b2c', not to '': data, arithmetic or starting weights differ;"),
+    ],
+)
+def test_a_checkpoint_that_would_end_in_other_numbers_is_refused(
+    train: Train, stopped: Path, changes: dict[str, object], message: str
+) -> None:
+    made_otherwise(stopped, **changes)
+    with pytest.raises(CheckpointError, match=rf"{stopped / CHECKPOINT} {message}"):
+        train(stopped)
+
+
+def test_a_checkpoint_of_one_process_is_refused_by_two(
+    train: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = checkpoint._circumstances
+    monkeypatch.setattr(checkpoint, "_circumstances", lambda *args: {**there(*args), "processes": 2})
+    with pytest.raises(CheckpointError, match=r"made with processes: 1, and here are 2, .* with one process, or move"):
+        train(stopped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"threads": 7}, "was made with threads 7, not 1: the last digits may differ"),
+        ({"torch": "1.0"}, "was made with torch 1.0, not"),
+        ({}, "does not say how many processes made it: going on with 1"),
+    ],
+)
+def test_what_may_change_last_digits_of_a_checkpoint_s_run_is_said(
+    train: Train, stopped: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], said: str
+) -> None:
+    made_otherwise(stopped, **changes)
+    train(stopped)
+    assert f"{stopped / CHECKPOINT} {said}" in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint_is_passed_over(train: Train, stopped: Path, uninterrupted: tuple[Fit, MCAR]) -> None:
+    torch.save({"weight": torch.zeros(3)}, stopped / CHECKPOINT)
     assert differences(uninterrupted, train(stopped)) == []
 
 

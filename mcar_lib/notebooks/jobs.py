@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -22,7 +22,7 @@ from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, w
 from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
 from mcar_lib.runs import Record, load_profile, read_records
-from mcar_lib.runs.records import RECORD_FORMAT
+from mcar_lib.runs.records import RECORD_FORMAT, following
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def reproduce(
     values = {"profile": name, "profiles": [name], "results": str(results), "data_root": place, "readme": ""}
     made, written = made_folder(folder / "notebooks"), Generated(folder)
     selected = select_notebooks(notebooks or root / "notebooks", only)
-    earlier = read_json(made / "inputs.json") if (made / "inputs.json").exists() else {}
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(ResultsError):  # none, or unreadable: the notebooks are run again
+        earlier = read_json(made / "inputs.json")
     library, outcomes = _library(), {}
     for path in selected:
         if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, library, folder):
@@ -201,9 +203,7 @@ def publish(profile: str, artifacts: Path | None = None) -> None:
         raise ResultsError(f"{local} has no current run records; first: mcar reproduce --profile {profile}")
     others = _replace_records(target / "runs", list(records.values()), name)
     for kind in KINDS:
-        follows = {path: _runs_of(path, name) for path in sorted((local / kind).glob("*.json"))}
-        following = [path for path, of in follows.items() if of and records.keys() >= of]
-        others += _replace_records(target / kind, following, name)
+        others += _replace_records(target / kind, following(local / kind, list(records)), name)
     say(f"{target}: {len(records)} runs")
     _name_own([str(path.relative_to(root)) for path in others])
     report(artifacts=artifacts)

@@ -67,7 +67,8 @@ def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) ->
             scores = evaluate(mcar, squares, config.precision, config.seed, runs.verbose)
         return scores, time.monotonic() - started
 
-    return runs.trained(config).scores_of(evaluation_id("", changes), score)
+    shape = tuple(runs.data(config).test.targets.shape)
+    return runs.trained(config).scores_of(evaluation_id("", changes), shape, score)
 
 
 def interval(runs: Runs, group: Sequence[Record | Prediction], epoch: str = "last") -> Mapping[str, Any]:

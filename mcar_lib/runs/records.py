@@ -1,17 +1,27 @@
-"""Run records, as they are read: what was run, with what, and what came out."""
+"""Run records, as they are read: what was run, with what, and what came out.
+
+A file that is no whole record is named and passed over: one that is broken stops no other run.
+"""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mcar_lib.errors import ConfigError, ResultsError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from mcar_lib.errors import ConfigError, MCARError, ResultsError
 from mcar_lib.files import content_id, read_json
+from mcar_lib.progress import say
 from mcar_lib.runs.config import RunConfig, make_config
 from mcar_lib.runs.fingerprints import accepted
+from mcar_lib.runs.measures import LABEL_METRICS, OPERATING_POINTS, STREAMS
 
 RECORD_FORMAT = 1
+RUN_NUMBERS = ("metrics", "history")  # of a run that was scored: null is NaN there
+NO_NUMBERS = ("changes", "environment")  # of other records: null is null there
 NO_TEST_LABELS = "VOC2012 test has no public labels, so there is nothing to score"
 Value = int | float | str
 
@@ -129,25 +139,150 @@ class Failure:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All run records under a profile's results, in name order. Raises ResultsError on a file that is no record."""
-    return [_read_record(path, path.stat().st_mtime_ns) for path in sorted((folder / "runs").glob("*.json"))]
+    """All run records under a profile's results, in name order; files that are none are named and passed over."""
+    found = ((path, read_kept(path, "runs")) for path in _record_files(folder / "runs"))
+    return [Record(path, content) for path, content in found if content is not None]
 
 
-@functools.lru_cache(maxsize=1024)
-def _read_record(path: Path, changed_ns: int) -> Record:
-    record = Record(path, read_json(path))
-    if record.content.get("format") != RECORD_FORMAT:
-        raise ResultsError(f"{path}: not a run record of format {RECORD_FORMAT}; move it away")
-    return record
+def _record_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))  # "._x.json" is a Mac's
 
 
 def kept(folders: Sequence[Path], kind: str, name: str, made_by: str) -> Mapping[str, Any] | None:
     """The content of <kind>/<name>.json in the first of these results/<profile> folders that has one made by the
     definitions of this fingerprint (see mcar_lib.runs.fingerprints)."""
     for path in (folder / kind / f"{name}.json" for folder in folders):
-        if path.exists() and (content := read_json(path)).get("made_by", "") in accepted(made_by):
+        content = read_kept(path, kind) if path.exists() else None
+        if content is not None and content.get("made_by", "") in accepted(made_by):
             return content
     return None
+
+
+def following(folder: Path, runs: Sequence[str]) -> list[Path]:
+    """The records in a folder, results/<profile>/<kind>, that follow from these runs and no others."""
+    contents = ((path, read_kept(path, folder.name)) for path in _record_files(folder))
+    return [path for path, content in contents if content and set(runs) >= set(_runs_of(content))]
+
+
+def _runs_of(content: Mapping[str, Any]) -> Sequence[str]:
+    found: Sequence[str] = content["runs"] if "runs" in content else [content["run_id"]]
+    return found
+
+
+def read_kept(path: Path, kind: str) -> Mapping[str, Any] | None:
+    """The content of a record of a kind (runs, evaluations, comparisons, regions), numbers that were none as NaN.
+
+    None, and a line that says why, once a session, where it is no such record.
+    """
+    try:
+        state = path.stat()
+    except OSError:
+        return _read(path, kind, 0, 0, 0)
+    return _read(path, kind, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(path: Path, kind: str, *state: int) -> Mapping[str, Any] | None:
+    try:
+        content = read_json(path)
+        if content.get("format") != RECORD_FORMAT:
+            raise ResultsError(f"{path}: not a record of format {RECORD_FORMAT}")
+        _check(kind, content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'record'}: {first['msg']}"
+    except MCARError as error:
+        reason = str(error)
+    else:
+        numbers = RUN_NUMBERS if kind == "runs" else content.keys() - NO_NUMBERS
+        scored = kind != "runs" or content["metrics"] is not None
+        return {key: _with_nan(value) if scored and key in numbers else value for key, value in content.items()}
+    say(f"{'' if str(path) in reason else f'{path}: '}{reason}; passed over, move it away")
+    return None
+
+
+def _with_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, Mapping):
+        return {key: _with_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value
+
+
+# What a record must hold, so that no table ends in a missing key; it may hold more
+
+
+def _shape(**fields: Any) -> type[BaseModel]:
+    """A JSON object that has at least these keys, of these types."""
+    there: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
+    return create_model("Shape", __config__=ConfigDict(strict=True, extra="allow"), **there)
+
+
+def _shapes(**fields: Any) -> Any:
+    return list[_shape(**fields)]  # type: ignore[misc]
+
+
+_NUMBER = float | None
+_INTERVAL = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER}
+_POINTS = {point: _shape(**dict.fromkeys(LABEL_METRICS, _NUMBER)) for point in OPERATING_POINTS}
+_STREAM = _shape(mAP=_NUMBER, classes_without_positives=int, AP=list[_NUMBER], at=_shape(**_POINTS))
+_METRICS = _shape(epoch=int, **dict.fromkeys(STREAMS, _STREAM))
+_NAMES = {"run_id": str, "label": str}
+SHAPES: Mapping[str, type[BaseModel]] = {
+    "runs": _shape(
+        **_NAMES,
+        profile=str,
+        config=dict[str, Any],
+        keys=dict[str, str],
+        data=_shape(
+            **{"train": str, "test": str | None, "train_images": int, "test_images": int | None},
+            **{"subset": bool, "classes": list[str]},
+        ),
+        metrics=_shape(last=_METRICS, best=_METRICS) | None,
+        history=_shapes(
+            **{"epoch": int, "global_loss": _NUMBER, "local_loss": _NUMBER},
+            **{"map_global": _NUMBER, "map_local": _NUMBER, "map_fused": _NUMBER},
+            **{"train_seconds": float, "test_seconds": float},
+        ),
+        cost=_shape(
+            **{"parameters": int, "parameters_over_backbone": int, "macs_per_image": int},
+            **{"train_seconds": float, "test_seconds": float},
+        ),
+        environment=dict[str, Any],
+    ),
+    "evaluations": _shape(
+        **_NAMES,
+        changes=dict[str, Any],
+        metrics=_METRICS,
+        cost=_shape(macs_per_image=int, milliseconds_per_image=float),
+    ),
+    "comparisons": _shape(a=list[str], b=list[str], runs=list[str], low=_NUMBER, high=_NUMBER),
+    "regions": _shape(
+        **_NAMES,
+        **{"data": str, "images": int, "difficult": int, "objects": dict[str, int]},
+        overlap=_shapes(regions=str, N=int, size=str, objects=int, measure=str, **_INTERVAL),
+        pointing=_shapes(classes=str, pairs=int, point=str, **_INTERVAL),
+        gallery=_shapes(image=str, labels=list[str], boxes=list[Any], cells=list[Any], annotated=list[list[Any]]),
+    ),
+}
+_DIFFERENCE, _INTERVAL_OF_ONE = _shape(difference=_NUMBER, p_value=_NUMBER), _shape(mAP=_NUMBER)
+
+
+def _check(kind: str, content: Mapping[str, Any]) -> None:
+    """Raises pydantic's ValidationError, ResultsError or ConfigError where a record lacks what readers of it need."""
+    SHAPES[kind].model_validate(content)
+    if kind == "comparisons":
+        (_DIFFERENCE if content["b"] else _INTERVAL_OF_ONE).model_validate(content)
+    if kind == "runs":
+        make_config(content["config"])
+        if not content["history"]:
+            raise ResultsError("its history has no epoch")
+    if kind == "runs" and content["metrics"] is not None:
+        count = len(content["data"]["classes"])
+        streams = [metrics[name] for metrics in content["metrics"].values() for name in STREAMS]
+        if not content["data"]["test_images"] or any(len(stream["AP"]) != count for stream in streams):
+            raise ResultsError(f"its metrics are not those of test images of {count} classes")
 
 
 def run_id_of(config: RunConfig, keys: Mapping[str, str]) -> str:

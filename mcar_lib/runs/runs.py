@@ -18,11 +18,11 @@ from mcar_lib.model import MCAR
 from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
 from mcar_lib.runs.fingerprints import accepted
-from mcar_lib.runs.outcome import Outcome
+from mcar_lib.runs.outcome import Outcome, alone
 from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
 from mcar_lib.runs.splits import Data, Splits
-from mcar_lib.runs.trainer import arithmetic_fingerprint, described, load_model, train
-from mcar_lib.training import StreamScores, processes
+from mcar_lib.runs.trainer import arithmetic_fingerprint, cpu_threads, described, load_model, train
+from mcar_lib.training import StreamScores, evaluate, processes
 
 
 class Runs:
@@ -83,7 +83,10 @@ class Runs:
 
         def found() -> Record | None:
             records = (record for folder in self._folders() for record in read_records(folder))
-            return next((each for each in records if each.is_current(keys) and each.config == config), None)
+            record = next((each for each in records if each.is_current(keys) and each.config == config), None)
+            if record is not None:
+                self._place(record.run_id).remove_leftovers()
+            return record
 
         return processes.broadcast_from_main(found)
 
@@ -148,9 +151,12 @@ class Runs:
                 say(f"the weights of {config.label} are not on this machine; training it")
             with outcome.locked():
                 if not outcome.is_here():  # another job may have finished it meanwhile
-                    train(self.splits, config, outcome, self.profile.threads)
-                processes.broadcast_from_main(outcome.remove_checkpoints)
+                    self._train_again(config, outcome)
         return outcome
+
+    def _train_again(self, config: RunConfig, outcome: Outcome) -> None:
+        train(self.splits, config, outcome, self.profile.threads)
+        processes.broadcast_from_main(outcome.remove_checkpoints)
 
     def trained_model(self, config: RunConfig, **changes: Value) -> MCAR:
         """The model of a run with its last weights, in evaluation mode; changes: num_regions, threshold, selection."""
@@ -158,22 +164,49 @@ class Runs:
         return load_model(config.vary(**changes), len(self.data(config).train.classes), weights).eval()
 
     def scores(self, config: RunConfig, epoch: str = "last") -> StreamScores:
-        """Test scores of a run at its last or best epoch; trained where they are not on this machine.
+        """Test scores of a run at its last or best epoch; where they are not on this machine, its weights are scored,
+        or it is trained.
 
         Raises DataError where there is nothing to score.
         """
-        _ = self.data(config).test
-        return self.trained(config).scores(epoch)
+        shape = tuple(self.data(config).test.targets.shape)
+        outcome = self.trained(config)
+        if (found := outcome.scores(epoch, shape)) is not None:
+            return found
+        last_is_best = self.run(config).metrics["best"]["epoch"] == config.epochs
+        with outcome.locked():
+            if outcome.scores(epoch, shape) is None:  # another job may have made them meanwhile
+                if epoch == "best" and not last_is_best:  # the weights are those of the last epoch
+                    say(f"the scores of the best epoch of {config.label} are not on this machine; training it")
+                    self._train_again(config, outcome)
+                else:
+                    say(f"the scores of {config.label} are not on this machine; scoring its weights")
+                    last = self._score(config, outcome)
+                    outcome.save_scores(last, last if last_is_best else None)
+            found = outcome.scores(epoch, shape)
+        assert found is not None
+        return found
+
+    def _score(self, config: RunConfig, outcome: Outcome) -> StreamScores:
+        test = self.data(config).test
+        mcar = load_model(config, len(test.classes), outcome.weights).eval()
+        with cpu_threads(self.profile.threads):
+            squares = self.splits.squares(test, config.image_size)
+            return evaluate(mcar, squares, config.precision, config.seed, self.verbose)
 
     # Records that follow from runs ----------------------------------------------------------------------------------
 
     def keep(self, kind: str, name: str, made_by: str, make: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
         """The content of <profile>/<kind>/<name>.json, made and written to the local results if there is none that
-        the definitions of the fingerprint made_by have made."""
+        the definitions of the fingerprint made_by have made. Of several sessions that ask at once, one makes it."""
         found = kept(self._folders(), kind, name, made_by)
         if found is None:
-            found = {**make(), "made_by": made_by}
-            write_json(self.local_folder / kind / f"{name}.json", found)
+            lock = self.artifacts / "locks" / f"{self.profile.name}-{kind}-{name}.lock"
+            with alone(lock, f"makes {kind}/{name}.json"):
+                found = kept(self._folders(), kind, name, made_by)  # another job may have made it meanwhile
+                if found is None:
+                    found = {**make(), "made_by": made_by}
+                    write_json(self.local_folder / kind / f"{name}.json", found)
         return found
 
     def _folders(self) -> tuple[Path, ...]:

@@ -75,7 +75,7 @@ def train(splits: Splits, config: RunConfig, outcome: Outcome, threads: int = 0)
     squares = splits.squares(data.train, config.image_size)
     test = None if data.scored is None else splits.squares(data.scored, config.image_size)
     with cpu_threads(threads):
-        state = fit(mcar, squares, test, config, outcome.folder, verbose=splits.verbose)
+        state = fit(mcar, squares, test, config, outcome.folder, verbose=splits.verbose, run=outcome.folder.name)
     processes.broadcast_from_main(lambda: outcome.save(mcar, state))
     return mcar, state
 

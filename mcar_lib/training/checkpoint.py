@@ -1,5 +1,6 @@
 """What a killed run goes on from: after each epoch a whole checkpoint, and the one before it while that is written."""
 
+import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mcar_lib.errors import CheckpointError
-from mcar_lib.files import write_atomically
+from mcar_lib.files import OTHER_ARTIFACTS, check_zip, reading, write_bytes
 from mcar_lib.model import MCAR
 from mcar_lib.progress import say
 from mcar_lib.training import processes
@@ -57,11 +58,16 @@ class Fit:
         self.last = scores
 
 
-def save(folder: Path, recipe: Recipe, state: Fit, model: MCAR, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    """Writes a whole checkpoint beside the last one, then swaps: there is a good one at every moment."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(
+    folder: Path, recipe: Recipe, state: Fit, model: MCAR, optimizer: Optimizer, schedule: LRScheduler, run: str = ""
+) -> None:
+    """Writes a whole checkpoint beside the last one, then swaps: there is a good one at every moment.
+
+    run: what else the numbers depend on, by a name. Raises ResultsError where it cannot be written.
+    """
     content = {
         "recipe": recipe.model_dump(mode="json"),
+        "made": _circumstances(model, run),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": {key: value for key, value in schedule.state_dict().items() if not callable(value)},
@@ -70,40 +76,95 @@ def save(folder: Path, recipe: Recipe, state: Fit, model: MCAR, optimizer: Optim
         "best": tuple(state.best or ()),
         "best_epoch": state.best_epoch,
     }
-    write_atomically(folder / NEW, lambda path: torch.save(content, path))
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_bytes(folder / NEW, stream.getbuffer(), advice=OTHER_ARTIFACTS)
     if (folder / CHECKPOINT).exists():
         (folder / CHECKPOINT).replace(folder / PREVIOUS)
     (folder / NEW).replace(folder / CHECKPOINT)
 
 
-def resume(folder: Path, recipe: Recipe, model: MCAR, optimizer: Optimizer, schedule: LRScheduler) -> Fit:
+def resume(
+    folder: Path, recipe: Recipe, model: MCAR, optimizer: Optimizer, schedule: LRScheduler, run: str = ""
+) -> Fit:
     """Where the run in a folder stands, its state put into model, optimizer and schedule; a new Fit if there is none.
 
-    Raises CheckpointError on a checkpoint of another architecture or recipe.
+    Raises CheckpointError on a checkpoint of another architecture, recipe or run, or one that another number of
+    processes or another kind of device made: it would not end with the numbers of either.
     """
     found = processes.broadcast_from_main(lambda: _newest(folder))
     if found is None:
         return Fit()
     path, content = found
-    own = recipe.model_dump(mode="json")
-    if content["recipe"] != own:
-        differing = [f"{key} {value!r}" for key, value in content["recipe"].items() if own.get(key) != value]
+    with reading(path, "a checkpoint of this run", CheckpointError):
+        own = recipe.model_dump(mode="json")
+        if content["recipe"] != own:
+            differing = [f"{key} {value!r}" for key, value in content["recipe"].items() if own.get(key) != value]
+            raise CheckpointError(
+                f"{path} was made by another recipe ({', '.join(differing)}); move {folder} away or train with that "
+                "recipe"
+            )
+        _check_circumstances(path, content.get("made", {}), _circumstances(model, run))
+        load_named(model, content["model"], str(path))
+        optimizer.load_state_dict(content["optimizer"])
+        schedule.load_state_dict(content["schedule"])
+        last, best = (StreamScores(*content[epoch]) if content[epoch] else None for epoch in ("last", "best"))
+        return Fit([EpochResult(**result) for result in content["history"]], last, best, content["best_epoch"])
+
+
+def _circumstances(model: MCAR, run: str) -> dict[str, Any]:
+    """What the numbers depend on beside the recipe."""
+    device = next(model.parameters()).device.type
+    return {
+        "run": run,
+        "processes": processes.num_processes(),
+        "device": device,
+        "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "torch": str(torch.__version__),
+    }
+
+
+def _check_circumstances(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if not then:
+        say(f"{path} does not say how many processes made it: going on with {now['processes']}")
+        return
+    anew = f"or move {path.parent} away to start anew"
+    if then["run"] != now["run"]:
         raise CheckpointError(
-            f"{path} was made by another recipe ({', '.join(differing)}); move {folder} away or train with that recipe"
+            f"{path} belongs to the run {then['run']!r}, not to {now['run']!r}: data, arithmetic or starting weights "
+            f"differ; put it back where it is from, {anew}"
         )
-    load_named(model, content["model"], str(path))
-    optimizer.load_state_dict(content["optimizer"])
-    schedule.load_state_dict(content["schedule"])
-    last, best = (StreamScores(*content[epoch]) if content[epoch] else None for epoch in ("last", "best"))
-    return Fit([EpochResult(**result) for result in content["history"]], last, best, content["best_epoch"])
+    if then["processes"] != now["processes"]:
+        start = f"torchrun --nproc-per-node {then['processes']}" if then["processes"] > 1 else "one process"
+        raise CheckpointError(
+            f"{path} was made with processes: {then['processes']}, and here are {now['processes']}, which do not give "
+            f"the same numbers; start the same command with {start}, {anew}"
+        )
+    if then["device"] != now["device"]:
+        raise CheckpointError(
+            f"{path} was made on {then['device']}, and this is {now['device']}, which does not give the same numbers; "
+            f"go on there, {anew}"
+        )
+    if other := [f"{name} {then[name]}, not {now[name]}" for name in ("threads", "torch") if then[name] != now[name]]:
+        say(f"{path} was made with {'; '.join(other)}: the last digits may differ from those of a run in one go")
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read; says so when that is not the newest one."""
-    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+    """The newest checkpoint that is whole; says so when that is not the newest one."""
+    for path in (folder / NEW, folder / CHECKPOINT, folder / PREVIOUS):
         if path.exists():
             try:
-                return path, torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # a cut file raises zip, pickle or IO errors alike
-                say(f"{path} cannot be read ({type(error).__name__}); going on from the checkpoint before it")
+                return path, _read(path)
+            except Exception as error:  # a cut or damaged file raises zip, pickle or IO errors alike
+                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+                say(f"{path} cannot be read ({reason}); going on from what there is before it")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check_zip(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    absent = {"recipe", "model", "optimizer", "schedule", "history", "last", "best", "best_epoch"} - set(content)
+    if absent or not isinstance(content["recipe"], dict):
+        raise ValueError(f"not a checkpoint of a run: no {', '.join(sorted(absent)) or 'recipe'}")
+    return content

@@ -63,21 +63,22 @@ def fit(
     folder: Path,
     workers: int = 0,
     verbose: bool = True,
+    run: str = "",
 ) -> Fit:
     """Trains a model, tests it after each epoch, and leaves a checkpoint of each epoch in a folder.
 
     Called again with the same arguments it goes on after the last whole epoch; the end is the same bit for bit on one
     machine with as many processes. The model holds the last epoch's weights afterwards. test: None where nothing can be
-    scored. workers: processes that read images (0: this one).
-    Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint of another architecture or recipe,
-    ConfigError on a batch that the processes cannot share or that leaves an image alone (see check_groups); a truncated
-    checkpoint is passed over for the one before it, and said so.
+    scored. workers: processes that read images (0: this one). run: names all else that the numbers depend on.
+    Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint that cannot be gone on from here
+    (see resume), ResultsError where none can be written, ConfigError on a batch that the processes cannot share or that
+    leaves an image alone (see check_groups); a damaged checkpoint is passed over for the one before it, and said so.
     """
     processes.check_batch(recipe.batch_size, recipe.statistics_batch)
     check_groups(model, len(train), train.size, recipe)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     job = _Job(model, train, recipe, workers)
-    state = resume(folder, recipe, model, job.optimizer, job.schedule)
+    state = resume(folder, recipe, model, job.optimizer, job.schedule, run)
     for epoch in range(len(state.history), recipe.epochs):
         started = time.monotonic()
         losses = job.train_epoch(epoch, verbose)
@@ -85,8 +86,7 @@ def fit(
         scores, maps = _test(model, test, recipe, verbose)
         result = EpochResult(epoch + 1, *losses, *maps, trained - started, time.monotonic() - trained)
         state.note(result, scores)
-        if processes.is_main():
-            save(folder, recipe, state, model, job.optimizer, job.schedule)
+        processes.broadcast_from_main(lambda: save(folder, recipe, state, model, job.optimizer, job.schedule, run))
         if verbose:
             say(_epoch_line(result, recipe.epochs, len(train)))
     return state
