@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from mcar_lib.runs.environment import describe_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINS = [Requirement(line) for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()]
@@ -60,6 +62,13 @@ def test_no_tracked_file_names_a_registry() -> None:
     forbidden = re.compile("|".join(re.escape(word) for word in REGISTRY_HOSTS + INSTALL_SOURCES))
     found = {name: forbidden.search(text) for name, text in tracked_texts().items()}
     assert {name: match[0] for name, match in found.items() if match} == {}
+
+
+@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG"])
+def test_a_setting_that_acts_like_another_machine_is_in_the_record(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = describe_environment()["settings"]
+    monkeypatch.setenv(name, "x")
+    assert describe_environment()["settings"] == {**before, name: "x"}
 
 
 def version(pin: Requirement) -> str:

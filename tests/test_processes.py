@@ -1,7 +1,9 @@
 """Several processes that train one run: what they agree on, the numbers they end with, the command under torchrun."""
 
+import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -12,11 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mcar_lib.cli import app
 from mcar_lib.errors import ConfigError, DataError, TrainingError
+from mcar_lib.progress import speaks
 from mcar_lib.runs import STREAMS, Runs, load_profile
 from mcar_lib.runs.trainer import build_model
 from mcar_lib.training import CHECKPOINT, evaluate, processes
@@ -139,6 +143,110 @@ def test_an_error_of_the_only_process_keeps_its_cause() -> None:
             call(fail)
         assert isinstance(caught.value.__cause__, ValueError)
         assert processes.tells(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "\u00b2"}, "WORLD_SIZE is '\u00b2'"),
+        ({"RANK": "2"}, "RANK is 2 of WORLD_SIZE 2"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": "", "MASTER_ADDR": ""}, "MASTER_PORT is '', MASTER_ADDR is not set"),
+    ],
+)
+def test_half_an_environment_of_torchrun_is_one_sentence(
+    changes: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in {**good, **changes}.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["train", "--profile", "smoke"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert f", but {named}; unset LOCAL_RANK" in done.stderr
+
+
+def test_a_rank_without_a_local_rank_is_no_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "x")
+    assert processes.num_processes() == 1
+    assert speaks()
+
+
+# ---- a process that is lost
+
+
+class Watched(NamedTuple):
+    store: torch.distributed.TCPStore
+    ends: "queue.SimpleQueue[tuple[str, bool]]"
+
+    def start(self, rank: int, count: int) -> processes._Watch:
+        return processes._Watch(rank, count)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """A store as torchrun has one; what a watch would end its process with is put into a queue."""
+    made = Watched(
+        torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), queue.SimpleQueue()
+    )
+
+    def end(watch: processes._Watch, reason: str, tell: bool) -> None:
+        watch.ended.set()
+        made.ends.put((reason, tell))
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(made.store.port))
+    monkeypatch.setattr(processes._Watch, "end", end)
+    for name, seconds in {"LOST_SECONDS": 0.5, "SECONDS_BETWEEN_BEATS": 0.05, "SECONDS_BETWEEN_LOOKS": 0.05}.items():
+        monkeypatch.setattr(processes, name, seconds)
+    return made
+
+
+def test_a_process_that_is_not_heard_of_ends_the_others_and_the_first_of_them_tells(watched: Watched) -> None:
+    watched.start(2, 3)
+    watched.start(1, 3)
+    ends = {watched.ends.get(timeout=30) for _ in range(2)}
+    assert ends == {("process 0 is not heard of any more", tell) for tell in (True, False)}
+
+
+def test_processes_that_are_heard_of_go_on(watched: Watched) -> None:
+    both = [watched.start(rank, 2) for rank in range(2)]
+    with pytest.raises(queue.Empty):
+        watched.ends.get(timeout=1)
+    for each in both:
+        each.ended.set()
+
+
+def test_a_process_whose_torchrun_is_gone_ends(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched.start(0, 1)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert watched.ends.get(timeout=30) == ("the process that started it is gone", True)
+
+
+def test_what_befalls_all_processes_is_told_by_one(watched: Watched) -> None:
+    both = [watched.start(rank, 2) for rank in range(2)]
+    assert [each.is_first() for each in (*both, *both)] == [True, False, False, False]
+    for each in both:
+        each.ended.set()
+
+
+def test_a_connection_that_ends_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    monkeypatch.setattr(processes, "is_first_to_tell", lambda: True)
+    theirs = (
+        "[/far/away/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3213. More of it\nand more"
+    )
+    with pytest.raises(TrainingError) as caught, processes.only_main_prints():
+        raise RuntimeError(theirs)
+    assert str(caught.value) == (
+        "a process of this run was lost (Connection closed by peer); the same command goes on from here"
+    )
+    with pytest.raises(RuntimeError, match="of another kind"), processes.only_main_prints():
+        raise RuntimeError("of another kind")
 
 
 # ---- what each process takes of a batch
@@ -265,6 +373,34 @@ def test_a_batch_that_two_processes_cannot_share_ends_the_job_before_it_begins(t
     assert re.findall(r"exitcode *: (\d)", done.err)[0] == "2"
     assert done.err.count("error: batch_size is 15, which 2 processes cannot share equally") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["smoke.toml"]
+
+
+def processes_of(starter: int) -> list[int]:
+    """The processes that a process has started and that run (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(") ")[2].split()[:2]
+            found += [int(path.parent.name)] if int(parent) == starter and state != "Z" else []
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("killed", ["torchrun", "one"])
+def test_what_is_left_of_a_run_ends_soon_with_one_sentence(killed: str, tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    process = job.start("--set", "epochs=500")
+    assert process.stdout is not None
+    assert any(line.startswith("epoch 1/") for line in process.stdout)
+    left = processes_of(process.pid)
+    assert len(left) == 2
+    os.kill(process.pid if killed == "torchrun" else left[1], signal.SIGKILL)
+    done = ended(process)  # at the end of the last process that holds the pipes
+    assert done.err.count("the same command goes on from here") == 1
+    ours = [line for line in done.err.splitlines() if "mcar_lib/" in line and line.strip().startswith("File")]
+    assert ours == []
+    assert not any(Path(f"/proc/{each}").exists() for each in left)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import SCENES
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
@@ -22,6 +24,8 @@ from mcar_lib.data.transforms import ResizedImages, normalise
 from mcar_lib.errors import CheckpointError, ConfigError, TrainingError
 from mcar_lib.files import write_atomically
 from mcar_lib.model import MCAR
+from mcar_lib.runs import Runs
+from mcar_lib.runs.trainer import dry_run
 from mcar_lib.training import (
     CHECKPOINT,
     PREVIOUS,
@@ -771,3 +775,141 @@ def test_groups_work_for_the_global_stream_alone_and_in_training(train: Train, t
     state, _ = train(tmp_path, recipe)
     other, _ = train(tmp_path / "whole", Recipe(epochs=1, batch_size=8))
     assert state.history[0].global_loss != other.history[0].global_loss
+
+
+# ---- settings of the shell
+
+# Left there by another job, or by accelerate launch.
+OVERRULED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "inductor",
+    "ACCELERATE_USE_CPU": "true",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "ACCELERATE_SPLIT_BATCHES": "false",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+}
+
+
+ONE_EPOCH = RECIPE.model_copy(update={"epochs": 1})
+
+
+@pytest.fixture(scope="module")
+def one_epoch(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fit, MCAR]:
+    return train(tmp_path_factory.mktemp("one"), ONE_EPOCH)
+
+
+@pytest.mark.parametrize("name", OVERRULED)
+def test_a_setting_of_the_environment_changes_no_number(
+    name: str, train: Train, one_epoch: tuple[Fit, MCAR], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new session, which reads all anew
+    monkeypatch.setenv(name, OVERRULED[name])
+    assert differences(train(tmp_path, ONE_EPOCH), one_epoch) == []
+
+
+@pytest.mark.parametrize("name", loop.SETTINGS)
+def test_a_setting_that_would_change_float32_is_refused_by_name(
+    name: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match=f"{name} is '0' in the environment.*unset it"):
+        train(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["", "strict"])
+def test_a_setting_that_changes_nothing_is_taken(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", value)
+    loop.check_settings()
+
+
+def test_a_coarser_matrix_product_that_was_set_before_is_set_back(train: Train, tmp_path: Path) -> None:
+    """As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE sets it from the start."""
+    torch.set_float32_matmul_precision("medium")
+    train(tmp_path, ONE_EPOCH)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# ---- an image alone
+
+
+@pytest.fixture
+def few(scene_squares: tuple[ResizedImages, ResizedImages]) -> Callable[..., ResizedImages]:
+    return lambda count, size=32: ResizedImages(scene_squares[0].image_set.select(range(count)), size)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "group", "ways"),
+    [
+        (5, 4, 0, "batch_size 5 or image_size 64 or more"),
+        (3, 1, 0, "batch_size 3 or image_size 64 or more"),
+        (8, 4, 1, "another statistics_batch or image_size 64 or more"),
+        (7, 4, 2, "another statistics_batch or image_size 64 or more"),
+        (1, 4, 0, "image_size 64 or more"),
+    ],
+)
+def test_an_image_alone_at_32_pixels_is_told_before_the_first_step(
+    images: int,
+    batch: int,
+    group: int,
+    ways: str,
+    few: Callable[..., ResizedImages],
+    tiny_model: Callable[..., MCAR],
+    tmp_path: Path,
+) -> None:
+    recipe = Recipe(epochs=1, batch_size=batch, statistics_batch=group)
+    with pytest.raises(ConfigError, match=f"of {images} images .* one is alone, .*; choose {ways}$"):
+        fit(tiny_model(), few(images), None, recipe, tmp_path / "run", verbose=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "batch", "group"),
+    [(5, 32, 5, 0), (3, 32, 3, 0), (5, 64, 4, 0), (2, 64, 1, 0), (2, 64, 2, 1), (1, 64, 4, 0)],
+)
+def test_what_is_advised_for_an_image_alone_trains(
+    images: int,
+    size: int,
+    batch: int,
+    group: int,
+    few: Callable[..., ResizedImages],
+    tiny_model: Callable[..., MCAR],
+    tmp_path: Path,
+) -> None:
+    recipe = Recipe(epochs=1, batch_size=batch, statistics_batch=group)
+    assert len(fit(tiny_model(), few(images, size), None, recipe, tmp_path, verbose=False).history) == 1
+
+
+@pytest.mark.parametrize(("images", "batch", "advised"), [(9, 4, 6), (6, 2, 4)])
+def test_an_image_alone_in_one_of_two_processes_is_told(
+    images: int, batch: int, advised: int, tiny_model: Callable[..., MCAR], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.processes, "num_processes", lambda: 2)
+    with pytest.raises(ConfigError, match=f"choose batch_size {advised} or"):
+        loop.check_groups(tiny_model(), images, 32, Recipe(batch_size=batch))
+    loop.check_groups(tiny_model(), images, 32, Recipe(batch_size=advised))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_the_smallest_group_is_that_of_the_steps(count: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.processes, "num_processes", lambda: count)
+    for images, batch in itertools.product(range(1, 30), (4, 8, 12)):
+        found = []
+        for first, rank in itertools.product(range(0, images, batch), range(count)):
+            monkeypatch.setattr(loop.processes, "rank", lambda rank=rank: rank)
+            used = loop.processes.shard_size(min(batch, images - first), batch) or batch // count
+            found += [len(part) for part in torch.zeros(used).split(group or used)]
+        assert loop._smallest_group(images, Recipe(batch_size=batch, statistics_batch=group)) == min(found)
+
+
+def test_a_dry_run_tells_an_image_alone(runs: Runs) -> None:
+    config = runs.profile.run.vary(image_size=32, epochs=1, batch_size=SCENES["num_train"] - 1)
+    with pytest.raises(ConfigError, match="one is alone"):
+        dry_run(runs.splits, config)

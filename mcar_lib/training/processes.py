@@ -28,7 +28,7 @@ COMMANDS = ("train", "evaluate")  # the commands that several processes can shar
 ALIKE = "raised in every process; the main process tells it"
 TOLD = "another process tells it"
 GOES_ON = "the same command goes on from here"
-SECONDS_BETWEEN_BEATS, LOST_SECONDS = 5.0, 45.0
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_BEATS, LOST_SECONDS = 1.0, 5.0, 45.0
 
 
 def started_by_torchrun() -> bool:
@@ -112,7 +112,7 @@ class _Watch:
                 self.ended.wait(SECONDS_BETWEEN_BEATS)
 
     def look(self) -> None:
-        while not self.ended.wait(1):
+        while not self.ended.wait(SECONDS_BETWEEN_LOOKS):
             lost = [each for each, when in self.seen.items() if time.monotonic() - when > LOST_SECONDS]
             left = [each for each in self.seen if each not in lost] or [self.rank]
             if os.getppid() != self.parent:
@@ -244,6 +244,9 @@ def tells(error: MCARError) -> bool:
     """Whether this process should print an error: the others need not repeat what the main process says. They have the
     same command line, so they raise every ConfigError alike."""
     notes = getattr(error, "__notes__", ())
-    if not started_by_torchrun() or not torch.distributed.is_initialized():
+    if TOLD in notes:
+        return False
+    try:
+        return is_main() or not (isinstance(error, ConfigError) or ALIKE in notes)
+    except ConfigError:  # of _check_started: there are no others
         return True
-    return TOLD not in notes and (is_main() or not (isinstance(error, ConfigError) or ALIKE in notes))
