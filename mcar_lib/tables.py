@@ -5,17 +5,16 @@ Nothing here trains or measures, and nothing knows which notebook asks.
 
 import io
 import re
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from PIL import Image, ImageChops, ImageStat
 
 from mcar_lib.errors import ResultsError, as_markdown, printable
-from mcar_lib.files import file_hash, published_table, read_json, write_atomically, write_json, write_text
+from mcar_lib.files import file_hash, published_table, read_json, write_bytes, write_json, write_text
 from mcar_lib.progress import say
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
 
@@ -71,10 +70,6 @@ def save(
         written.put_figure(f"figures/{name}.png", figure)
 
 
-def same_bytes(a: Path, b: Path) -> bool:
-    return a.read_bytes() == b.read_bytes()
-
-
 class Generated:
     """The files that notebooks wrote below a folder: generated.json there has their names, each with a hash.
 
@@ -95,35 +90,29 @@ class Generated:
             return {}
 
     def put_text(self, name: str, text: str) -> None:
-        self.put(name, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+        self._put(name, text.encode())
 
     def put_figure(self, name: str, figure: "Figure") -> None:
         """Writes a PNG without anything that changes from day to day. Where no pixel differs by more than ROUNDING,
         the picture that is there stays: processors round otherwise, and that would show as a change in git."""
-        options: dict[str, Any] = {"format": "png", "dpi": 150, "metadata": {"Software": None}}
-        self.put(name, lambda path: figure.savefig(path, **options), _looks_the_same)
+        fresh, path = io.BytesIO(), self.folder / name
+        figure.savefig(fresh, format="png", dpi=150, metadata={"Software": None})
+        self._put(name, path.read_bytes() if path.exists() and _looks_the_same(path, fresh) else fresh.getvalue())
 
-    def put(self, name: str, write: Callable[[Path], object], same: Callable[[Path, Path], bool] = same_bytes) -> None:
-        """Writes a file and notes it; one that is the same stays as it is, somebody's own is moved aside."""
-        path = self.folder / name
-
-        def place(fresh: Path) -> None:
-            write(fresh)
-            if path.exists() and same(path, fresh):
-                shutil.copyfile(path, fresh)
-            self.set_aside(name, but=fresh)
-
-        write_atomically(path, place)
+    def _put(self, name: str, content: bytes) -> None:
+        """Writes a file and notes it; somebody's own is moved aside."""
+        self.set_aside(name, but=content)
+        write_bytes(self.folder / name, content)
         self.note(name)
 
     def note(self, name: str) -> None:
         """Says that a file is as it was written."""
         write_json(self.path, dict(sorted({**self.hashes(), name: file_hash(self.folder / name)}.items())))
 
-    def set_aside(self, name: str, but: Path | None = None) -> None:
-        """Renames a file that is not as it was written to NAME.yours.EXT, and says so; but: one of that content is."""
+    def set_aside(self, name: str, but: bytes | None = None) -> None:
+        """Renames a file that is not as it was written to NAME.yours.EXT, and says so; but: of that content it is."""
         path = self.folder / name
-        if not path.exists() or self.hashes().get(name) == file_hash(path) or (but and same_bytes(path, but)):
+        if not path.exists() or self.hashes().get(name) == file_hash(path) or path.read_bytes() == but:
             return
         free = (path.with_name(f"{path.stem}.yours{count or ''}{path.suffix}") for count in range(1000))
         kept = next(each for each in free if not each.exists())
@@ -165,7 +154,7 @@ def write_page(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def _looks_the_same(a: Path, b: Path) -> bool:
+def _looks_the_same(a: Path, b: io.BytesIO) -> bool:
     try:
         apart = _apart(a, b)
     except OSError:  # what is there is no picture

@@ -101,7 +101,7 @@ def some_scores(count: int) -> list[Any]:
 def save_figure(folder: Path) -> None:
     figure = Figure((1, 1))
     figure.text(0, 0, "second" if (folder / "f.png").exists() else "first")
-    tables.save_figure(folder / "f.png", figure)
+    tables.Generated(folder).put_figure("f.png", figure)
 
 
 def save_table(folder: Path) -> None:

@@ -254,7 +254,8 @@ def write_pages(results: Path, readme: Path) -> None:
     """What the project's notebook would write."""
     written = Generated(results / "mini")
     written.put_text("tables/main.csv", "1\n")
-    written.put("figures/main.png", draw)
+    draw(written.folder / "figures/main.png")
+    written.note("figures/main.png")
     write_text(results / "README.md", "page\n")
     fill_blocks(readme, {"main-results": "new\n"})
 
