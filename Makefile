@@ -49,4 +49,4 @@ notebook: venv  ## JupyterLab on the notebooks
 
 clean:  ## removes caches; environment, data, artifacts and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find mcar_lib tests benchmarks notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find mcar_lib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
