@@ -15,7 +15,7 @@ from mcar_lib.errors import ConfigError
 from mcar_lib.files import write_json
 from mcar_lib.notebooks.runner import DONE, run_notebook
 from mcar_lib.runs import RunConfig, Runs, load_profile
-from mcar_lib.runs.measures import count_macs
+from mcar_lib.runs.measures import LABEL_METRICS, OPERATING_POINTS, STREAMS, count_macs
 from mcar_lib.runs.plan import key_of, parse_throughput, plan, published_map
 from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, dry_run
 from mcar_lib.tables import read_published
@@ -125,9 +125,14 @@ def test_images_of_ones_own_cannot_be_planned() -> None:
 
 
 def record_of(row: str, subset: bool) -> dict[str, object]:
-    point = dict.fromkeys(("CP", "CR", "CF1", "OP", "OR", "OF1"), 0.81)
-    at = dict.fromkeys(("0.6", "0.6 top-3"), point)
-    metrics = {epoch: {"fused": {"mAP": value, "at": at}} for epoch, value in (("last", 0.8321), ("best", 0.8401))}
+    points = dict.fromkeys(OPERATING_POINTS, dict.fromkeys(LABEL_METRICS, 0.81))
+    stream = {"classes_without_positives": 0, "AP": [0.8], "at": points}
+    values = {"last": 0.8321, "best": 0.8401}
+    metrics = {
+        epoch: {"epoch": 1, **{name: {**stream, "mAP": value} for name in STREAMS}} for epoch, value in values.items()
+    }
+    losses = dict.fromkeys(("global_loss", "local_loss", "map_global", "map_local", "map_fused"), 0.5)
+    seconds = {"train_seconds": 1.0, "test_seconds": 1.0}
     return {
         "format": 1,
         "run_id": "0" * 12,
@@ -135,8 +140,14 @@ def record_of(row: str, subset: bool) -> dict[str, object]:
         "profile": "paper",
         "config": PAPER.row(row).model_dump(mode="json"),
         "keys": {"arithmetic": arithmetic_fingerprint()},
-        "data": {"subset": subset},
+        "data": {
+            **{"train": "train", "test": "test", "train_images": 1, "test_images": 1},
+            **{"subset": subset, "classes": ["cat"]},
+        },
         "metrics": metrics,
+        "history": [{"epoch": 1, **losses, **seconds}],
+        "cost": {"parameters": 1, "parameters_over_backbone": 1, "macs_per_image": 1, **seconds},
+        "environment": {},
     }
 
 

@@ -186,12 +186,24 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_record(path: Path, run_id: str, arithmetic: str | None = None) -> None:
     content = {"format": 1, "run_id": run_id, "keys": {"arithmetic": arithmetic or arithmetic_fingerprint()}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, "config": {"seed": 999}}))
+    seconds = {"train_seconds": 1.0, "test_seconds": 0.0}
+    losses = dict.fromkeys(("global_loss", "local_loss", "map_global", "map_local", "map_fused"))
+    content |= {
+        **{"label": run_id, "profile": "mini", "config": {"seed": 999}, "environment": {}, "metrics": None},
+        "data": {
+            **{"train": "train", "test": None, "train_images": 1, "test_images": None},
+            **{"subset": False, "classes": ["cat"]},
+        },
+        "history": [{"epoch": 1, **losses, **seconds}],
+        "cost": {"parameters": 1, "parameters_over_backbone": 1, "macs_per_image": 1, **seconds},
+    }
+    path.write_text(json.dumps(content))
 
 
 def write_comparison(path: Path, a: str, b: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"a": [a], "b": [b], "runs": [a, b]}))
+    numbers = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    path.write_text(json.dumps({"format": 1, "a": [a], "b": [b], "runs": [a, b], **numbers}))
 
 
 @pytest.fixture
