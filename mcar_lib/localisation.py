@@ -89,7 +89,7 @@ def annotated_objects(images: ImageSet, size: int) -> Objects:
         except OSError as error:
             raise DataError(f"{images.paths[index]}: not a complete image file ({error}); fetch it again") from error
         scale = torch.tensor([size / width, size / height], dtype=torch.float64).repeat(2)
-        boxes = annotated.xyxy[kept] * scale
+        boxes = annotated.xyxy[kept].minimum(torch.tensor([width, height] * 2)) * scale
         parts.append((boxes, annotated.classes[kept], torch.full((len(boxes),), index), box_area(boxes).sqrt() / size))
     objects = Objects(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if len(objects.boxes) == 0:

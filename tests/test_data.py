@@ -119,11 +119,12 @@ def test_voc_folder_of_another_year_is_not_taken(voc: Path) -> None:
         load_voc(voc / "VOCdevkit" / "VOC2007", "2012", "trainval")
 
 
-def test_parts_of_a_person_are_no_objects_and_fractions_round_outward(voc: Path) -> None:
+def test_parts_of_a_person_are_no_objects_and_fractions_round_outward(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"b1": {"person": 1}})
     part = "<part><name>head</name><bndbox><xmin>2</xmin></bndbox></part>"
     xml = f"<annotation>{voc_object('person', (2.5, 3, 7.2, 9), inside=part)}</annotation>"
-    (voc / "VOCdevkit/VOC2007/Annotations/b1.xml").write_text(xml)
-    assert load_voc(voc, "2007", "trainval").boxes(0).xyxy.tolist() == [[1, 2, 8, 9]]
+    (tmp_path / "VOCdevkit/VOC2007/Annotations/b1.xml").write_text(xml)
+    assert load_voc(tmp_path, "2007", "trainval").boxes(0).xyxy.tolist() == [[1, 2, 8, 9]]
 
 
 def test_voc2012_test_without_labels_says_so(tmp_path: Path) -> None:

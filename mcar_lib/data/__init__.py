@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,16 @@ def load_image_set(name: str, split: str, root: Path | str, **options: object) -
     """Load the split "train" or "test" of a data set of DATA_SETS.
 
     root: where the data is; for "scenes" the folder in which scenes are written if they are not there yet.
-    options: scenes: num_train, num_test, side, seed. table: csv, image_root, classes. The others take none.
-    Raises ConfigError for an unknown name, split or option, DataError for data that is missing or wrong.
+    options: scenes: num_train, num_test, side, seed. table: csv, image_root, classes (a list). The others take none.
+    Raises ConfigError for an unknown name, split or option or an option of a wrong type, DataError for data that is
+    missing or wrong.
     """
     if name not in DATA_SETS:
         raise ConfigError(f"unknown data set {name!r}; choose one of {', '.join(DATA_SETS)}")
     if split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     known = DATA_SETS[name]
-    unknown = sorted(set(options) - set(known.options))
-    if unknown:
-        options_of = ", ".join(known.options) or "it takes none"
-        raise ConfigError(f"data set {name} does not know the option {', '.join(unknown)}; options: {options_of}")
+    check_options(name, options)
     root = Path(root).expanduser()
     if known.expected and not root.exists():
         raise DataError(
@@ -59,14 +57,27 @@ def load_image_set(name: str, split: str, root: Path | str, **options: object) -
     return known.load(root, split=known.splits[split], **options)
 
 
+def check_options(name: str, options: Mapping[str, object]) -> None:
+    """Raises ConfigError for an option that a data set does not know, or of a wrong type."""
+    known = DATA_SETS[name].options
+    if unknown := sorted(set(options) - set(known)):
+        options_of = ", ".join(known) or "it takes none"
+        raise ConfigError(f"data set {name} does not know the option {', '.join(unknown)}; options: {options_of}")
+    for option, value in options.items():
+        expected, holds = known[option]
+        if not holds(value):
+            raise ConfigError(f"data set {name}: the option {option} should be {expected}, found {value!r}")
+
+
 def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None = None, **options: object) -> Path:
     """The folder below root of the composed scenes with these options; they are written first if need be.
 
     options: num_train, num_test, side, seed (see ScenesConfig). progress is called with (images done, images in all).
-    Raises DataError when root cannot be written.
+    Raises ConfigError for options that it does not know or of a wrong type, DataError when root cannot be written.
     """
     from mcar_lib.data.scenes import SCENES_VERSION, ScenesConfig, write_scenes
 
+    check_options("scenes", options)
     config = ScenesConfig(**options)  # type: ignore[arg-type]
     described = json.dumps([SCENES_VERSION, asdict(config)], sort_keys=True)
     folder = Path(root).expanduser() / f"scenes-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
@@ -75,7 +86,8 @@ def scenes_folder(root: Path | str, progress: Callable[[int, int], None] | None 
         try:
             write_scenes(folder, config, progress)
         except OSError as error:
-            raise DataError(f"{folder}: cannot write scenes here ({error.strerror}); {OTHER_ARTIFACTS}") from error
+            reason = error.strerror or error
+            raise DataError(f"{folder}: cannot write scenes here ({reason}); {OTHER_ARTIFACTS}") from error
     return folder
 
 
@@ -85,7 +97,7 @@ def _load_scenes(root: Path, split: str, **options: object) -> ImageSet:
 
 def _load_table(root: Path, split: str, csv: str = "labels.csv", **options: Any) -> ImageSet:
     """root is the CSV file, or the folder of the CSV that the option `csv` names."""
-    return load_table(root if root.is_file() else root / csv, split, **options)
+    return load_table(root if root.is_file() else root / Path(csv).expanduser(), split, **options)
 
 
 @dataclass(frozen=True)
@@ -95,13 +107,27 @@ class DataSet:
     load: Callable[..., ImageSet]
     splits: Mapping[str, str]  # "train" and "test" -> its own name of that split
     expected: str  # what has to be in its root; nothing for scenes, which are written there
-    options: tuple[str, ...] = ()
+    # Its options: what each should be, in words and as a test of a value.
+    options: Mapping[str, tuple[str, Callable[[object], bool]]] = field(default_factory=dict)
+
+
+def _is_whole_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | Path)
+
+
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
 
 
 VOC_SPLITS = {"train": "trainval", "test": "test"}
 COCO_SPLITS = {"train": "train2014", "test": "val2014"}
+WHOLE = "a whole number", _is_whole_number
 DATA_SETS: Mapping[str, DataSet] = {
-    "scenes": DataSet(_load_scenes, VOC_SPLITS, "", ("num_train", "num_test", "side", "seed")),
+    "scenes": DataSet(_load_scenes, VOC_SPLITS, "", dict.fromkeys(("num_train", "num_test", "side", "seed"), WHOLE)),
     "voc2007": DataSet(partial(load_voc, year="2007"), VOC_SPLITS, "VOCdevkit/VOC2007"),
     "voc2012": DataSet(partial(load_voc, year="2012"), VOC_SPLITS, "VOCdevkit/VOC2012"),
     "coco2014": DataSet(
@@ -111,6 +137,10 @@ DATA_SETS: Mapping[str, DataSet] = {
         _load_table,
         {split: split for split in SPLITS},
         "labels.csv with the columns path, labels and split",
-        ("csv", "image_root", "classes"),
+        {
+            "csv": ("the name of a file", _is_path),
+            "image_root": ("a folder", _is_path),
+            "classes": ('a list of names, as in ["cat", "dog"]', _is_list_of_names),
+        },
     ),
 }

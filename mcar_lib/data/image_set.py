@@ -26,20 +26,28 @@ class Boxes:
     """The m annotated objects of one image, in pixels of the stored image.
 
     xyxy: int64 (m, 4), half-open [x1, x2) x [y1, y2). classes: int64 (m,). difficult: bool (m,); COCO crowds
-    count as difficult here.
+    count as difficult here. doubts: what is odd in the file that they were read from.
     """
 
     xyxy: Tensor
     classes: Tensor
     difficult: Tensor
+    doubts: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     @classmethod
-    def of(cls, corners: Sequence[Sequence[int]], classes: Sequence[int], difficult: Sequence[bool]) -> "Boxes":
+    def of(
+        cls,
+        corners: Sequence[Sequence[int]],
+        classes: Sequence[int],
+        difficult: Sequence[bool],
+        doubts: Sequence[str] = (),
+    ) -> "Boxes":
         """From plain numbers, one row of `corners`, one class and one flag an object."""
         return cls(
             torch.tensor(corners, dtype=torch.int64).reshape(-1, 4),
             torch.tensor(classes, dtype=torch.int64),
             torch.tensor(difficult, dtype=torch.bool),
+            tuple(doubts),
         )
 
     def __len__(self) -> int:
@@ -56,6 +64,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     annotation_files: the files that boxes are read from (`prepare` looks again when one of them changes).
     labelled: False where nobody has published labels; targets are then all 0 and mean nothing.
     upright: whether photos are turned as their EXIF orientation says; see `read_image`.
+    doubts: what is odd in the files of the labels, though it may be meant so.
     """
 
     name: str
@@ -69,6 +78,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor, str]]):
     annotation_files: tuple[Path, ...] = ()
     labelled: bool = True
     upright: bool = False
+    doubts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         size = (len(self.ids), len(self.classes))
@@ -164,6 +174,11 @@ def decode_image(content: bytes, path: Path, upright: bool = False) -> Tensor:
     except Exception as error:  # a broken file makes Pillow raise almost anything, even struct.error
         raise DataError(f"{path}: not a complete image file ({error}); fetch it again") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def is_blank(pixels: Tensor) -> bool:
+    """Whether a photo uint8 (3, H, W) is of one colour."""
+    return bool((pixels == pixels[:, :1, :1]).all())
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

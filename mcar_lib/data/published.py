@@ -7,7 +7,8 @@ from pathlib import Path
 from mcar_lib.data import COCO_SPLITS, SPLITS, VOC_SPLITS, load_image_set
 from mcar_lib.data.coco import COCO_OFFICIAL_SIZES
 from mcar_lib.data.image_set import ImageSet
-from mcar_lib.data.voc import VOC_OFFICIAL_SIZES, find_voc_folder, load_voc
+from mcar_lib.data.preparation import Checked, counted, doubts_together, first_of
+from mcar_lib.data.voc import VOC_OFFICIAL_SIZES, class_lists, find_voc_folder, load_voc
 from mcar_lib.errors import DataError
 
 # Objects that are not difficult (statistics of the VOC 2007 challenge).
@@ -66,7 +67,7 @@ def load_scored_split(name: str, root: Path, **options: object) -> ImageSet | No
 
 
 def _has_voc2012_test_labels(root: Path) -> bool:
-    return any((find_voc_folder(root, "2012") / "ImageSets" / "Main").glob("*_test.txt"))
+    return bool(class_lists(find_voc_folder(root, "2012") / "ImageSets" / "Main", "test"))
 
 
 def compare_with_published(images: ImageSet, published: PublishedSplit) -> list[str]:
@@ -85,27 +86,34 @@ def compare_with_published(images: ImageSet, published: PublishedSplit) -> list[
 
 
 def check_data_set(
-    name: str, root: Path, check: Callable[[ImageSet], str], tell: Callable[[str], object], /, **options: object
+    name: str, root: Path, check: Callable[[ImageSet], Checked], tell: Callable[[str], object], /, **options: object
 ) -> dict[str, Sequence[object]]:
-    """Checks each split that is in a root, and tells line by line what it holds and what of the published is missing.
+    """Checks each split that is in a root, and tells line by line what it holds, what of the published is missing, and
+    what is doubtful.
 
-    check: reads a split and returns its fingerprint. Returns the columns of a table: the classes, and for each labelled
+    check: reads a split and returns what it found. Returns the columns of a table: the classes, and for each labelled
     split how many images have each class, and how many have it as difficult only. Raises the DataError of a split.
     """
     columns: dict[str, Sequence[object]] = {}
+    found: list[tuple[ImageSet, Checked]] = []
     for split in SPLITS:
         images, published = load_what_is_there(name, split, root, **options), PUBLISHED.get((name, split))
         if images is None:
             assert published is not None  # only published data sets are known to have another split
             tell(f"{published.title}: not here, all {published.images:,} published images are missing")
             continue
-        tell(f"{images.title}: {len(images):,} images, fingerprint {check(images)}")
+        found.append((images, check(images)))
+        tell(f"{images.title}: {len(images):,} images, fingerprint {found[-1][1].fingerprint}")
         for line in compare_with_published(images, published) if published else ():
             tell(f"  {line}")
         columns["class"] = images.classes
         if images.labelled:
             columns[split] = (images.targets == 1).sum(dim=0).tolist()
             columns[f"{split} difficult"] = (images.targets == -1).sum(dim=0).tolist()
+    if doubts := doubts_together(found):
+        tell(f"{counted(doubts, 'doubt')}: look at them before you train, which they do not stop")
+        for line in first_of(doubts):
+            tell(line)
     return columns
 
 

@@ -1,6 +1,7 @@
 """Pascal VOC 2007 and 2012, and trees of that layout: labels from ImageSets/Main, boxes from the XML."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,7 @@ def load_voc(
         ids=ids,
         paths=tuple(folder / "JPEGImages" / f"{image_id}.jpg" for image_id in ids),
         targets=targets,
-        read_boxes=partial(_read_boxes, annotations, classes) if annotations else None,
+        read_boxes=partial(_read_boxes, annotations, classes, targets) if annotations else None,
         official_size=VOC_OFFICIAL_SIZES.get((year, split)) if official_size == "published" else official_size,
         annotation_files=annotations,
         labelled=labelled,
@@ -90,14 +91,19 @@ def find_voc_folder(root: Path, year: str) -> Path:
     )
 
 
+def class_lists(lists: Path, split: str) -> list[Path]:
+    """The label files of a split in ImageSets/Main; what other systems leave beside files (._name) is none."""
+    return sorted(lists.glob(f"[!.]*_{split}.txt"))
+
+
 def _require_lists(lists: Path, split: str, year: str, labelled: bool) -> None:
-    if labelled and year == "2012" and split == "test" and not any(lists.glob(f"*_{split}.txt")):
+    if labelled and year == "2012" and split == "test" and not class_lists(lists, split):
         raise DataError(
             f"{lists}: VOC2012 test has no public labels (the PASCAL server holds them), so it cannot be "
             "scored here; use the split trainval, or VOC2007 test. mcar submit voc2012 writes what that server scores"
         )
     if not (lists / f"{split}.txt").is_file():
-        there = ", ".join(sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem))
+        there = ", ".join(sorted(path.stem for path in lists.glob("[!.]*.txt") if "_" not in path.stem))
         raise DataError(
             f"{lists / split}.txt: no such image list; lists in this folder: {there or 'none'}. Put it there, or fetch "
             "the data again"
@@ -122,7 +128,7 @@ def _fill_targets(
     targets: Tensor, lists: Path, split: str, classes: tuple[str, ...], ids: tuple[str, ...], problems: Problems
 ) -> None:
     ending = f"_{split}.txt"
-    for path in sorted(lists.glob(f"*{ending}")):
+    for path in class_lists(lists, split):
         if path.name.removesuffix(ending) not in classes:
             problems.add(f"{path}: labels of a class that is not among the {len(classes)} classes")
     position = {image_id: row for row, image_id in enumerate(ids)}
@@ -158,30 +164,58 @@ def _read_labels(path: Path, position: dict[str, int], problems: Problems) -> di
 def _read_fields(path: Path) -> list[tuple[int, list[str]]]:
     """The fields of every line that is not blank, with its line number from 1."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # -sig: editors of other systems write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read this label file ({error})") from error
-    return [(number, line.split()) for number, line in enumerate(lines, start=1) if line.strip()]
+        raise DataError(f"{path}: cannot read this label file as text in UTF-8 ({error})") from error
+    if "\0" in text:
+        raise DataError(f"{path}: cannot read this label file as text in UTF-8 (it holds a NUL)")
+    return [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
 
 
-def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], index: int) -> Boxes:
+def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], targets: Tensor, index: int) -> Boxes:
     path = annotations[index]
-    try:
-        # Direct children only: a person's <part> (head, hand, foot) has a name and a box as well.
-        objects = ElementTree.parse(path).getroot().findall("object")
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(
-            f"{path}: cannot read the annotation ({error}); put it there, or fetch the data again"
-        ) from error
+    root = _read_xml(path)
+    # Direct children only: a person's <part> (head, hand, foot) has a name and a box as well.
+    objects = root.findall("object")
+    if deeper := sum(1 for _ in root.iter("object")) - len(objects):
+        raise DataError(f"{path}: {deeper} objects stand in other tags; expected each directly in <{root.tag}>")
     names = [(item.findtext("name") or "").strip() for item in objects]
     for name in names:
         if name not in classes:
             raise DataError(f"{path}: object of the unknown class {name!r}")
-    return Boxes.of(
-        [_read_corners(item, path) for item in objects],
-        [classes.index(name) for name in names],
-        [(item.findtext("difficult") or "0").strip() == "1" for item in objects],
-    )
+    corners = [_read_corners(item, path) for item in objects]
+    difficult = [(item.findtext("difficult") or "0").strip() == "1" for item in objects]
+    labels = {name: 1 for name, flag in zip(names, difficult, strict=True) if not flag}
+    labels = dict.fromkeys(names, -1) | labels
+    doubts = []
+    for name, target in zip(classes, targets[index].tolist(), strict=True):
+        found = labels.get(name, 0)
+        if (found == 0) != (target == 0):
+            here, there = ("an object", "none") if found else ("no object", "one")
+            raise DataError(
+                f"{path}: {here} of the class {name}, and the list of that class says that there is {there}"
+            )
+        if found != target:
+            here, there = ("only difficult", "others too") if found < 0 else ("not only difficult", "only such")
+            doubts.append(f"{path}: {here} objects of the class {name}, and the list of that class says {there}")
+    return Boxes.of(corners, [classes.index(name) for name in names], difficult, doubts)
+
+
+def _read_xml(path: Path) -> ElementTree.Element:
+    """The root of an XML file, also of one in an encoding that Python knows and expat does not (gb2312, shift_jis)."""
+    try:
+        content = path.read_bytes()
+        declared = re.match(rb"""<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""", content)
+        try:
+            return ElementTree.fromstring(content)
+        except (ValueError, LookupError):
+            if declared is None:
+                raise
+            return ElementTree.fromstring(content.decode(declared[1].decode()))
+    except Exception as error:  # expat and the codecs raise almost anything for a broken file
+        raise DataError(
+            f"{path}: cannot read the annotation ({error}); put it there, or fetch the data again"
+        ) from error
 
 
 def _read_corners(item: ElementTree.Element, path: Path) -> tuple[int, int, int, int]:
@@ -194,4 +228,8 @@ def _read_corners(item: ElementTree.Element, path: Path) -> tuple[int, int, int,
         raise DataError(f"{path}: an object has no complete bndbox ({error})") from error
     if corners[0] >= corners[2] or corners[1] >= corners[3]:
         raise DataError(f"{path}: an object has an empty box: {x1:g} to {x2:g} by {y1:g} to {y2:g}")
+    if max(x2, y2) <= 1 and min(x1, y1) < 1:
+        raise DataError(
+            f"{path}: the box {x1:g} to {x2:g} by {y1:g} to {y2:g} is in fractions of the photo; expected pixels from 1"
+        )
     return corners

@@ -25,7 +25,7 @@ class RunConfig(Recipe):
     """One run: a data set, a model and how it is trained. Unknown keys, wrong types, impossible values are errors."""
 
     dataset: str = "scenes"
-    data_options: dict[str, int | str] = Field(default_factory=dict)
+    data_options: dict[str, int | str | tuple[str, ...]] = Field(default_factory=dict)
     backbone: str = "mobilenet_v2"
     weights: str = "imagenet"
     pooling: Pooling = "avg"

@@ -1,14 +1,16 @@
 """The images of runs: both splits of a data set, checked and read once a session, and what their bytes hash to."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcar_lib.data import ImageSet, load_image_set, prepare, scenes_folder
+from mcar_lib.data import ImageSet, load_image_set, scenes_folder
+from mcar_lib.data.preparation import Checked, check_images, counted, doubts_together, without_positives
 from mcar_lib.data.published import load_scored_split
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import DataError
-from mcar_lib.progress import Progress
+from mcar_lib.progress import Progress, say, speaks
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.records import NO_TEST_LABELS
 from mcar_lib.training import processes
@@ -65,12 +67,15 @@ class Splits:
                 scenes_folder(root, progress.update, **config.data_options)
         train = load_image_set(config.dataset, "train", root, **config.data_options)
         test = load_scored_split(config.dataset, root, **config.data_options)
-        return Data(train, test, self.check(train), "not public" if test is None else self.check(test))
+        found = [(images, self.check(images)) for images in (train, test) if images is not None]
+        if self.verbose and speaks():
+            _tell_doubts(found)
+        return Data(train, test, found[0][1].fingerprint, "not public" if test is None else found[1][1].fingerprint)
 
-    def check(self, images: ImageSet, again: bool = False) -> str:
-        """Reads every image and box, whatever was noted before if again; returns the fingerprint of what was read."""
+    def check(self, images: ImageSet, again: bool = False) -> Checked:
+        """Reads every image and box, whatever was noted before if again; returns what was found."""
         with Progress(f"checking {images.title}", len(images), enabled=self.verbose) as progress:
-            return prepare(images, None if again else self.notes, progress.update)
+            return check_images(images, None if again else self.notes, progress.update)
 
     def squares(self, images: ImageSet, size: int) -> ResizedImages:
         """The images of a split as squares, read once a session."""
@@ -79,3 +84,18 @@ class Splits:
             with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:
                 self._squares[key] = ResizedImages(images, size, progress=progress.update)
         return self._squares[key]
+
+
+def _tell_doubts(found: Sequence[tuple[ImageSet, Checked]]) -> None:
+    """A line on what the checks of the splits doubt, and one where mAP leaves classes out; the last split is scored."""
+    scored = found[-1][0]
+    if doubts := doubts_together(found):
+        say(f"{scored.name}: {counted(doubts, 'doubt')} about the data; mcar data check tells them")
+    if unseen := len(without_positives(scored)):
+        rest = len(scored.classes) - unseen
+        means = (
+            f"mAP is over the {rest} of {len(scored.classes)} classes that have"
+            if rest
+            else "every mAP is nan, as no class has"
+        )
+        say(f"{scored.title}: {means} positives")
