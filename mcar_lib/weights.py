@@ -197,7 +197,7 @@ def _named(loaded: object, what: str) -> StateDict:
 
 def load_named(model: nn.Module, loaded: StateDict, what: str) -> None:
     """Loads a whole model's state dict; raises CheckpointError that names both numbers of classes, if only those
-    differ, or else the first keys that differ and how. The model is then as it was."""
+    differ, or else the first keys that differ and how, or a tensor that is not finite. The model is then as it was."""
     own = model.state_dict()
     differing = _differing(own, loaded)
     if {text.partition(":")[0] for text in differing} == {"convclass.weight", "convclass.bias"} <= loaded.keys():
@@ -207,6 +207,9 @@ def load_named(model: nn.Module, loaded: StateDict, what: str) -> None:
             f"{what} belongs to another architecture ({len(differing)} keys differ): {'; '.join(differing[:3])}. "
             "Build the model with the backbone and number of classes of the checkpoint"
         )
+    for key, value in loaded.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{what}: {key} holds NaN or infinite numbers; take weights from before they did")
     _copy(model, loaded)
 
 
@@ -286,7 +289,7 @@ def load_release_checkpoint(path_or_dict: str | Path | Mapping[str, Any], model:
     """Loads weights in the key layout of the released checkpoints into a model, and returns it.
 
     path_or_dict: a file (read with weights_only) or a dict, either {'state_dict': ...} or the state dict itself. The
-    keys of ResNets are ours already; those of MobileNet-v2 are renamed. A "module." prefix of data parallelism is
+    keys of ResNets are ours already; those of MobileNet-v2 are renamed, unless they are ours. A "module." prefix of data parallelism is
     dropped.
     Raises CheckpointError naming the file, and both numbers of classes or the first keys that differ.
     """
@@ -298,7 +301,7 @@ def load_release_checkpoint(path_or_dict: str | Path | Mapping[str, Any], model:
         except WeightsError as error:
             raise CheckpointError(str(error)) from error
     named = dict(loaded)
-    if "features.18.0.weight" in model.state_dict():
+    if "features.18.0.weight" in model.state_dict() and "features.18.0.weight" not in named:
         by_threes = any(NESTED_BLOCK.match(key) for key in named)
         named = {_mobilenet_key(key, by_threes): value for key, value in named.items()}
     load_named(model, named, what)
