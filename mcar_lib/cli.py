@@ -201,26 +201,39 @@ class Asked:
 
     def open_checkpoint(
         self, checkpoint: Path | None, release: bool, shown: Sequence[str] = RELEASED
-    ) -> tuple["Runs", "RunConfig"]:
-        """As open; for a released checkpoint with what its name says and no option does. Prints where values are
-        from."""
+    ) -> tuple["Runs", "RunConfig", dict[str, Any] | None]:
+        """As open, with what the checkpoint says of itself and no option does: a released one by its name, an exported
+        one by its header, which is given too. Prints where values are from."""
+        from mcar_lib.released import read_header
         from mcar_lib.weights import release_settings
 
-        if not release:
-            return self.open()
         if checkpoint is None:
-            raise typer.BadParameter("--release needs --checkpoint FILE")
-        settings, named = self.settings or [], release_settings(checkpoint)
-        profile, options = self.profile or "paper", parse_settings(settings)
-        if not named:
-            typer.echo(f"{checkpoint}: the name does not say <dataset>-<backbone>-<pooling>-<size>-<N>-<tau>", err=True)
-        values = {"precision": "fp32", **named}  # the release scores in float32
-        taken = [f"{key}={value}" for key, value in values.items() if key not in options]
+            if release:
+                raise typer.BadParameter("--release needs --checkpoint FILE")
+            return *self.open(), None
+        settings, header, named = self.settings or [], read_header(checkpoint), dict[str, Any]()
+        profile, options = self.profile or ("paper" if release else "mini"), parse_settings(settings)
+        if header and release:
+            raise typer.BadParameter(f"{checkpoint} is a file that mcar export wrote; leave --release out")
+        if release:
+            named = release_settings(checkpoint)
+            if not named:
+                form = "<dataset>-<backbone>-<pooling>-<size>-<N>-<tau>"
+                typer.echo(f"{checkpoint}: the name does not say {form}", err=True)
+        elif header:
+            named = header.config.model_dump()
+        else:
+            typer.echo(f"{checkpoint}: holds no settings; they are those of the profile and the options", err=True)
+        # The release scores in float32, and so do exported files.
+        values = {**({"precision": "fp32"} if release or header else {}), **named}
+        taken = [f"{key}={json.dumps(value)}" for key, value in values.items() if key not in options]
         runs, config = dataclasses.replace(self, profile=profile, settings=[*taken, *settings]).open()
-        origins = {"precision": "the release"} | dict.fromkeys(named, "the name") | dict.fromkeys(options, "an option")
+        origins = dict.fromkeys(values, "the name" if release else "the file") | dict.fromkeys(options, "an option")
+        if release and "precision" not in options:
+            origins["precision"] = "the release"
         for key in shown:
             typer.echo(f"{key} = {getattr(config, key)}, from {origins.get(key, f'the profile {profile}')}")
-        return runs, config
+        return runs, config, header.model_dump() if header else None
 
     def as_options(self) -> str:
         """The same run and folders, as a command line names them."""
@@ -352,13 +365,14 @@ def evaluate(
 ) -> None:
     """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing.
 
-    With --release, data set, backbone, pooling, size, N and tau are taken from --set, else from the checkpoint's name
-    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile; where from is printed."""
+    A file that mcar export wrote is scored on a data set of its classes, with --set, else as its header says. With
+    --release, data set, backbone, pooling, size, N and tau are taken from --set, else from the checkpoint's name
+    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile. Where from is printed."""
     from mcar_lib.runs.trainer import score_weights
 
-    runs, config = asked.open_checkpoint(checkpoint, release)
+    runs, config, about = asked.open_checkpoint(checkpoint, release)
     if checkpoint is not None:
-        _print_metrics(score_weights(runs.splits, config, checkpoint, release))
+        _print_metrics(score_weights(runs.splits, config, checkpoint, release, about))
         return
     record = _record_of(runs, config)
     typer.echo(f"record: {record.path}")
@@ -374,16 +388,19 @@ def export(
     ],
 ) -> None:
     """Write a run's weights as a small fp16 file that mcar_lib.load reads, with a model card."""
-    from mcar_lib.released import card_text, export_run
+    from mcar_lib.files import write_text
+    from mcar_lib.released import card_text, check_output, export_run, models_folder, percent
 
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
+    check_output(output)
     runs, config = asked.open()
     _trained_weights(runs, config)  # this command trains nothing
     about = export_run(runs, _record_of(runs, config), output.resolve()).about
-    output.with_suffix(".md").write_text(card_text(output.stem, about), encoding="utf-8")
+    load = output.stem if output.resolve().parent == models_folder().resolve() else str(output)
+    write_text(output.with_suffix(".md"), card_text(output.stem, about, load))
     size = output.stat().st_size / 1e6
-    typer.echo(f"{output}: {size:.1f} MB, mAP {100 * about['mAP']:.1f} % (run: {100 * about['run_mAP']:.1f} %)")
+    typer.echo(f"{output}: {size:.1f} MB, mAP {percent(about['mAP'])} (run: {percent(about['run_mAP'])})")
 
 
 @app.command()
@@ -399,16 +416,17 @@ def submit(
 ) -> None:
     """Score the photos of VOC2012 test and write the archive that the PASCAL server takes. Trains nothing."""
     from mcar_lib.data import load_voc
-    from mcar_lib.runs.trainer import load_model
-    from mcar_lib.submission import write_voc2012_submission
+    from mcar_lib.runs.trainer import load_checkpoint
+    from mcar_lib.submission import check_output, write_voc2012_submission
     from mcar_lib.training import evaluate
 
     if dataset != "voc2012":
         raise typer.BadParameter(f"{dataset!r}: only the test labels of voc2012 are held by a server")
     # The data set is the command's, whatever the checkpoint was trained on.
-    runs, config = asked.open_checkpoint(checkpoint, release, shown=RELEASED[1:])
+    check_output(output)
+    runs, config, about = asked.open_checkpoint(checkpoint, release, shown=RELEASED[1:])
     images = load_voc(runs.splits.root_of(dataset), "2012", "test", labelled=False)
-    mcar = load_model(config, len(images.classes), checkpoint or _trained_weights(runs, config), release)
+    mcar = load_checkpoint(config, images, checkpoint or _trained_weights(runs, config), release, about)
     runs.splits.check(images)
     scores = evaluate(mcar, runs.splits.squares(images, config.image_size), config.precision, config.seed)
     path = write_voc2012_submission(output, images.ids, images.classes, scores.fused)

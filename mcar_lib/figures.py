@@ -185,10 +185,20 @@ def gallery_figure(record: Mapping[str, Any], runs: Runs) -> Figure:
 
 
 def photos_figure(released: "ReleasedModel", photos: Mapping[str, Path], num_regions: int = 3) -> Figure:
-    """What a released model looks at in photos, by their captions: the regions of the best-scored classes."""
-    images = [read_image(path) for path in photos.values()]
+    """What a released model looks at in photos, by their captions: the regions of the best-scored classes.
+
+    A baseline has no regions: its photos have their best-scored classes above them.
+    """
+    images = [read_image(path, upright=True) for path in photos.values()]
     output = released.predict(images)
-    assert output.regions is not None
+    if output.regions is None:
+        best = output.scores.topk(min(num_regions, len(released.classes)))
+        titles = [
+            ", ".join(f"{released.classes[k]} ({100 * score:.0f} %)" for k, score in zip(*row, strict=True))
+            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        titles = [wrapped(f"{caption}: {found}", 36) for caption, found in zip(photos, titles, strict=True)]
+        return regions_on_images(images, [torch.empty(0, 4)] * len(images), [()] * len(images), titles)
     boxes, classes = output.regions.boxes[:, :num_regions].cpu(), output.regions.classes[:, :num_regions]
     scored = zip(classes.tolist(), output.scores.gather(1, classes).tolist(), strict=True)
     return attention_gallery(

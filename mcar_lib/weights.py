@@ -10,6 +10,7 @@ Files are also this project's own, and checkpoints in the key layout of the pape
 
 import hashlib
 import importlib.util
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +18,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import URLError
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from mcar_lib.errors import CheckpointError, WeightsError
+from mcar_lib.files import reading
 
 StateDict = Mapping[str, Tensor]
+# Where checkpoints hold their weights, if not at the top.
+NESTED = ("state_dict", "model_state_dict", "model")
+# What a NumPy number in a torch file is made of; none of it runs what the file says.
+NUMPY_SCALARS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd"},
+]
 Model = TypeVar("Model", bound=nn.Module)
 
 # Starting weights ----------------------------------------------------------------------------------------------------
@@ -147,20 +158,42 @@ CHECKSUM = "sha256"  # among the metadata of .safetensors files
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Reads tensors from .safetensors or a torch file (weights_only), unwrapping {'state_dict': ...}.
+    """Reads tensors from .safetensors or a torch file (weights_only, NumPy scalars beside them are passed over).
 
-    Raises WeightsError if the file cannot be read as tensors by name, or differs from the checksum that it carries.
+    They are those of the first entry state_dict, model_state_dict or model that is a mapping, else the file's own. A
+    "module." prefix of data parallelism is dropped. Raises WeightsError if the file cannot be read as tensors by name,
+    or differs from the checksum that it carries.
     """
-    try:
+    with reading(path, "weights, tensors by name", WeightsError):
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
-        raise WeightsError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return loaded
+            return _named(_read_safetensors(path), str(path))
+        try:
+            with torch.serialization.safe_globals(NUMPY_SCALARS):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # torch's own text advises to switch the protection off
+            raise WeightsError(f"{path} {_unpickled(str(error))}") from error
+    return _named(loaded, str(path))
+
+
+def _unpickled(reason: str) -> str:
+    if found := re.search(r"(?:GLOBAL|class|type) ([\w.]+\.\w+)", reason):
+        return (
+            f"holds more than tensors ({found[1]}), which is not read; save its weights alone where it was made: "
+            "torch.save(checkpoint['state_dict'], 'weights.pth')"
+        )
+    return "is damaged, or no torch file of weights; fetch it or save it again"
+
+
+def _named(loaded: object, what: str) -> StateDict:
+    """The tensors by name in what a file holds."""
+    if isinstance(loaded, Mapping):
+        inner = (loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping))
+        loaded = next(inner, loaded)
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
+        raise WeightsError(f"{what} holds no state dict (a mapping of names to tensors)")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
 def safetensors_with_checksum(tensors: StateDict) -> bytes:
@@ -168,14 +201,6 @@ def safetensors_with_checksum(tensors: StateDict) -> bytes:
     from safetensors.torch import save
 
     return save(dict(tensors), {CHECKSUM: _checksum(tensors)})
-
-
-def has_checksum(path: Path) -> bool:
-    """Whether a .safetensors file carries one: those that former versions wrote do not."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as stored:
-        return CHECKSUM in (stored.metadata() or {})
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -199,7 +224,7 @@ def _checksum(tensors: StateDict) -> str:
 
 def load_named(model: nn.Module, loaded: StateDict, what: str) -> None:
     """Loads a whole model's state dict; raises CheckpointError that names both numbers of classes, if only those
-    differ, or else the first keys that differ and how. The model is then as it was."""
+    differ, or else the first keys that differ and how, or a tensor that is not finite. The model is then as it was."""
     own = model.state_dict()
     differing = _differing(own, loaded)
     if {text.partition(":")[0] for text in differing} == {"convclass.weight", "convclass.bias"} <= loaded.keys():
@@ -209,6 +234,9 @@ def load_named(model: nn.Module, loaded: StateDict, what: str) -> None:
             f"{what} belongs to another architecture ({len(differing)} keys differ): {'; '.join(differing[:3])}. "
             "Build the model with the backbone and number of classes of the checkpoint"
         )
+    for key, value in loaded.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{what}: {key} holds NaN or infinite numbers; take weights from before they did")
     _copy(model, loaded)
 
 
@@ -218,6 +246,11 @@ def _differing(own: StateDict, found: StateDict) -> list[str]:
         f"{key}: {tuple(value.shape)} wanted, {tuple(found[key].shape) if key in found else 'nothing'} found"
         for key, value in own.items()
         if (key not in found and not _is_counter(key)) or (key in found and found[key].shape != value.shape)
+    ]
+    texts += [
+        f"{key}: floats wanted, {found[key].dtype} found"
+        for key, value in own.items()
+        if key in found and value.is_floating_point() and not found[key].is_floating_point()
     ]
     return texts + [f"{key}: unknown" for key in found if key not in own]
 
@@ -249,9 +282,9 @@ RELEASE_NAME = re.compile(
     r"(?P<dataset>voc2007|voc2012|coco2014)"
     r"-(?P<backbone>mobilenet[-_]?v2|resnet[-_]?50|resnet[-_]?101)"
     r"-(?P<pooling>avg|gap|max|gmp|gwp)"
-    r"-(?P<image_size>\d+)-(?P<num_regions>\d+)-(?P<threshold>\d*\.?\d+)"
+    r"-(?P<image_size>\d{1,6})-(?P<num_regions>\d{1,6})-(?P<threshold>\d*\.?\d+)"
     r"(?:[._-]\D.*)?",  # .pth, .pth.tar, -best
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 NESTED_BLOCK = re.compile(r"features\.0\.\d+\.conv\.\d+\.\d+\.")
 SPELLINGS = {"mobilenetv2": "mobilenet_v2", "gap": "avg", "gmp": "max"}
@@ -283,19 +316,19 @@ def load_release_checkpoint(path_or_dict: str | Path | Mapping[str, Any], model:
     """Loads weights in the key layout of the released checkpoints into a model, and returns it.
 
     path_or_dict: a file (read with weights_only) or a dict, either {'state_dict': ...} or the state dict itself. The
-    keys of ResNets are ours already; those of MobileNet-v2 are renamed. A "module." prefix of data parallelism is
-    dropped.
+    keys of ResNets are ours already; those of MobileNet-v2 are renamed, unless they are ours. A "module." prefix of
+    data parallelism is dropped.
     Raises CheckpointError naming the file, and both numbers of classes or the first keys that differ.
     """
     if isinstance(path_or_dict, Mapping):
-        what, loaded = "release checkpoint", path_or_dict.get("state_dict", path_or_dict)
+        what, loaded = "release checkpoint", _named(path_or_dict, "release checkpoint")
     else:
         try:
             what, loaded = str(path_or_dict), read_state_dict(Path(path_or_dict))
         except WeightsError as error:
             raise CheckpointError(str(error)) from error
-    named = {key.removeprefix("module."): value for key, value in loaded.items()}
-    if "features.18.0.weight" in model.state_dict():
+    named = dict(loaded)
+    if "features.18.0.weight" in model.state_dict() and "features.18.0.weight" not in named:
         by_threes = any(NESTED_BLOCK.match(key) for key in named)
         named = {_mobilenet_key(key, by_threes): value for key, value in named.items()}
     load_named(model, named, what)

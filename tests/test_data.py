@@ -222,7 +222,7 @@ def test_prepare_reports_missing_truncated_and_foreign_files_together(voc: Path)
     report = str(caught.value)
     assert re.search(r"b1\.jpg: cannot read the image file \(No such file", report)
     assert re.search(r"a2\.jpg: not a complete image file \(.*truncated", report)
-    assert re.search(r"c3\.jpg: not a complete image file", report)
+    assert re.search(r"c3\.jpg: not an image file of any known format", report)
 
 
 def test_prepare_reports_repeated_images_and_empty_splits(voc: Path) -> None:

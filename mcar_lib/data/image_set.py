@@ -1,8 +1,11 @@
 """What every data set looks like to the rest of the library: images, labels, ids, and boxes if any."""
 
+import contextlib
 import dataclasses
+import importlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +15,41 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mcar_lib.errors import DataError
 
 T = TypeVar("T")
+Photo = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""What read_image takes."""
+
+# EXIF and TIFF tags, and the turn that each EXIF orientation asks for.
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# By way of RGBA a transparent palette entry keeps its colour; the others convert to nothing else.
+BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"heif")
+# How files start that are often taken for photos, and how those do that Pillow reads.
+UNSUPPORTED = {
+    rb"....ftyp(avi[fs]|mi|ms)": "an AVIF photo",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL photo",
+    rb"....ftypcrx": "a camera's raw photo",
+    rb"....ftyp": "a video",
+    rb"%PDF": "a PDF document",
+    rb"\s*(<\?xml|<svg)": "an SVG drawing or other XML",
+    rb"(?i)\s*<(!doctype html|html)": "a web page",
+}
+KNOWN_STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,45 +176,167 @@ def read_in_threads(
                 progress(done, count)
 
 
-def read_image(path: Path | str, upright: bool = False) -> Tensor:
-    """Read one photo as RGB, uint8 (3, H, W); raises DataError when it is missing, truncated or no image.
+def read_image(photo: Photo, upright: bool = False) -> Tensor:
+    """One photo as RGB, uint8 (3, H, W), from its file or from what a program holds of it.
 
+    photo: a path; a PIL image; or a NumPy array or tensor, (H, W), or with 1 to 4 channels (gray, gray and alpha, RGB,
+    RGBA) first or last. Where both ends could be channels, a tensor has them first and an array last. Alpha is left
+    out. Values are uint8; floats in [0, 1], times 255 and rounded; or uint16, as 16-bit files are read: gray divided
+    by 257, rounded down, colours by their high byte. The same picture gives the same pixels in every form.
     The EXIF orientation is deliberately not applied to VOC, COCO and scenes: their boxes refer to the pixels as
     stored, and the release reads them so. `upright` applies it, for photos of one's own (a table has no boxes): a
     phone stores the sensor's pixels, and a photo held sideways would be seen lying on its side.
+    Raises DataError when a file is missing, broken, too large or of a format or depth that is not read (more than 16
+    bits, floats), and for arrays of any other shape, type or range.
     """
-    path = Path(path)
-    return decode_image(read_content(path), path, upright)
+    if isinstance(photo, str | os.PathLike):
+        path = Path(photo)
+        return decode_image(read_content(path), path, upright)
+    if isinstance(photo, Image.Image):
+        try:
+            return _pixels(photo, upright)
+        except DataError:
+            raise
+        except Exception as error:  # it may still have to be decoded
+            raise DataError(f"the PIL image cannot be decoded ({_reason(error)}); open it again") from error
+    if isinstance(photo, np.ndarray | Tensor):
+        return _pixels_of_array(photo)
+    raise DataError(f"a photo is a path, a PIL image, a NumPy array or a tensor, found {type(photo).__name__}")
+
+
+def is_blank(pixels: Tensor) -> bool:
+    """Whether a photo, uint8 (3, H, W), is of one colour: no contrast at all."""
+    return bool((pixels == pixels[:, :1, :1]).all())
 
 
 def read_content(path: Path) -> bytes:
     """The bytes of an image file; raises DataError when it is missing."""
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise DataError(
-            f"{path}: cannot read the image file ({error.strerror or error}); put it there, or fetch the data again"
+            f"{path}: cannot read the image file ({getattr(error, 'strerror', None) or error}); put it there, or fetch "
+            "the data again"
         ) from error
 
 
 def decode_image(content: bytes, path: Path, upright: bool = False) -> Tensor:
     """Decode the bytes of the image file `path` (named in errors) as `read_image` does."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if upright else image))
+        with _opened(content) as image:
+            return _pixels(image, upright)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        found, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
+        raise DataError(
+            f"{path}: too large ({found:.1f} million pixels, the limit is {limit:.1f} million); make it smaller"
+        ) from error
     except Exception as error:  # a broken file makes Pillow raise almost anything, even struct.error
-        raise DataError(f"{path}: not a complete image file ({error}); fetch it again") from error
+        raise DataError(f"{path}: not a complete image file ({_reason(error)}); fetch it again") from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The image, not decoded yet; raises DataError where no reader knows its format."""
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        if _is_heic(content):
+            with contextlib.suppress(ImportError):
+                importlib.import_module("pillow_heif").register_heif_opener()
+                return Image.open(io.BytesIO(content))
+            raise DataError("a HEIC photo; convert it to JPEG, or install pillow-heif") from None
+        for pattern, what in UNSUPPORTED.items():
+            if re.match(pattern, content, re.DOTALL):
+                raise DataError(f"{what} that cannot be read here; convert it to JPEG or PNG") from None
+        if content.strip(b"\0") and not content.startswith(KNOWN_STARTS):
+            raise DataError("not an image file of any known format; give a JPEG or PNG") from None
+        raise
+
+
+def _is_heic(content: bytes) -> bool:
+    brand = content[8:12]
+    if content[4:8] != b"ftyp" or brand in (b"avif", b"avis"):
+        return False
+    return brand in HEIC_BRANDS or (brand in (b"mif1", b"msf1") and b"avif" not in content[16:64])
+
+
+def _reason(error: Exception) -> str:
+    """Why an image could not be read, in one line; Pillow names the buffer that it was given, which says nothing."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its first bytes are damaged, or it is empty"
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _pixels(image: Image.Image, upright: bool) -> Tensor:
+    image.load()  # some formats have the orientation behind the pixels
+    turn = _turn(image) if upright else None
+    pixels = np.array(_to_rgb(image if turn is None else image.transpose(turn)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def is_blank(pixels: Tensor) -> bool:
-    """Whether a photo uint8 (3, H, W) is of one colour."""
-    return bool((pixels == pixels[:, :1, :1]).all())
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets an image upright. ImageOps.exif_transpose also writes the other EXIF fields anew, and fails on odd
+    ones."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # EXIF that cannot be read says nothing
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    bits = set(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or ())
+    if image.mode.startswith("I;16") and bits - {16}:
+        raise DataError(f"a photo of {max(bits)} bits a pixel; convert it to 8 bits")
+    # Netpbm's and, by some versions of Pillow, PNG's 16 bits are in 32; others' range is anybody's guess.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floats" if image.mode == "F" else "integers"
+        raise DataError(f"a photo of 32-bit {kind}, whose black and white are not known; convert it to 8 bits")
     if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("P", "PA"):  # by way of RGBA, so that a transparent palette entry keeps its colour
-        image = image.convert("RGBA")
+        image = Image.fromarray(_gray_of_16_bits(np.asarray(image)))
+    if image.mode in BY_WAY_OF:
+        image = image.convert(BY_WAY_OF[image.mode])
     return image.convert("RGB")
+
+
+def _gray_of_16_bits(values: np.ndarray) -> np.ndarray:
+    return (values.clip(0, 65535) // 257).astype(np.uint8)
+
+
+def _pixels_of_array(photo: np.ndarray | Tensor) -> Tensor:
+    first = isinstance(photo, Tensor)  # where channels are if both ends could be
+    if isinstance(photo, Tensor):
+        photo = photo.detach().cpu()
+        values = (photo.float() if photo.dtype == torch.bfloat16 else photo).numpy()
+    else:
+        values = np.asarray(photo)
+    shape, channels = values.shape, range(1, 5)
+    if values.ndim == 2:
+        values = values[:, :, None]
+    elif values.ndim != 3 or not (shape[0] in channels or shape[2] in channels):
+        raise DataError(
+            f"an array of shape {shape} is no photo; give (H, W), (H, W, C) or (C, H, W) with C of 1 to 4 channels"
+        )
+    elif shape[0] in channels and (first or shape[2] not in channels):
+        values = values.transpose(1, 2, 0)
+    if values.size == 0:
+        raise DataError(f"an array of shape {shape} has no pixels")
+    values = _eight_bits(values, gray=values.shape[2] == 1)
+    values = values[:, :, :1] if values.shape[2] < 3 else values[:, :, :3]  # without alpha
+    return torch.from_numpy(np.array(np.broadcast_to(values, (*values.shape[:2], 3)).transpose(2, 0, 1), order="C"))
+
+
+def _eight_bits(values: np.ndarray, gray: bool) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.uint16:
+        return _gray_of_16_bits(values) if gray else (values >> 8).astype(np.uint8)
+    if values.dtype.kind != "f":
+        raise DataError(f"a photo of {values.dtype} values; give uint8 in 0 to 255, or floats in 0 to 1")
+    rounded = np.rint(values.astype(np.float64) * 255)
+    if not (rounded.min() >= 0 and rounded.max() <= 255):  # so is NaN
+        raise DataError(
+            f"a photo of floats from {values.min():.4g} to {values.max():.4g}, wanted 0 to 1; divide 0 to 255 by 255, "
+            "and give it before it is normalised"
+        )
+    return rounded.astype(np.uint8)

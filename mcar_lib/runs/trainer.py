@@ -1,8 +1,9 @@
 """One run on this machine: its model drawn, trained, tested, and all that its record says."""
 
 import contextlib
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from mcar_lib.data import ImageSet, load_image_set
 from mcar_lib.data.transforms import ResizedImages, sample_generator
-from mcar_lib.errors import ConfigError
+from mcar_lib.errors import CheckpointError, ConfigError
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import describe_environment, peak_memory
@@ -56,10 +57,32 @@ def load_model(config: RunConfig, num_classes: int, path: Path, release: bool = 
     return mcar
 
 
-def score_weights(splits: Splits, config: RunConfig, path: Path, release: bool = False) -> dict[str, Any]:
-    """The metrics of weights from a file on a configuration's test split, which alone is read; as records have them."""
+def load_checkpoint(
+    config: RunConfig, images: ImageSet, path: Path, release: bool = False, about: Mapping[str, Any] | None = None
+) -> MCAR:
+    """As load_model, to score images. about: the header of an exported file, whose classes have to be theirs, in this
+    order, and whose normalisation is used; else CheckpointError."""
+    if about is not None and tuple(about["classes"]) != images.classes:
+        pairs = itertools.zip_longest(about["classes"], images.classes)
+        number, (found, wanted) = next((n, pair) for n, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+        same = ", the same in another order" if sorted(about["classes"]) == sorted(images.classes) else ""
+        raise CheckpointError(
+            f"{path} has other classes than {images.title}{same}: class {number} is {found!r} there and {wanted!r} "
+            "here; score the data set that it was trained on"
+        )
+    mcar = load_model(config, len(images.classes), path, release)
+    if about is not None:
+        mcar.mean, mcar.std = about["mean"], about["std"]
+    return mcar
+
+
+def score_weights(
+    splits: Splits, config: RunConfig, path: Path, release: bool = False, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The metrics of weights from a file on a configuration's test split, which alone is read; as records have them.
+    about: as for load_checkpoint."""
     test = load_image_set(config.dataset, "test", splits.root_of(config.dataset), **config.data_options)
-    mcar = load_model(config, len(test.classes), path, release)
+    mcar = load_checkpoint(config, test, path, release, about)
     scores = evaluate(mcar, splits.squares(test, config.image_size), config.precision, config.seed, splits.verbose)
     return stream_metrics(scores, test)
 
