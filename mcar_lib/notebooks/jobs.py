@@ -18,7 +18,7 @@ from mcar_lib.errors import MCARError, ResultsError
 from mcar_lib.files import made_folder, project_root, read_json, write_json, write_text
 from mcar_lib.notebooks.runner import DONE, FAILED, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
-from mcar_lib.runs import Record, load_profile, read_records
+from mcar_lib.runs import Record, Runs, load_profile, read_records
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def reproduce(
 
     only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
     A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
-    One that ran here before, on the same cells, code and run records, is not run again.
+    One that ran here before, on the same cells, code, data and run records, is not run again.
     """
     root, chosen = project_root(), load_profile(profile)
     results = (results or root / "results" / "local").resolve()
@@ -49,10 +49,13 @@ def reproduce(
     name = str(Path(profile).resolve()) if profile.endswith(".toml") else profile
     place = str(data_root.expanduser().resolve()) if data_root else ""
     values = {"profile": name, "profiles": [name], "results": str(results), "data_root": place, "readme": ""}
-    made = made_folder(folder / "notebooks")
+    made, runs = made_folder(folder / "notebooks"), Runs(chosen, results, place)
+    # Data that was named and cannot be read ends this before any notebook runs.
+    named = runs.splits.data_root is not None and chosen.run.dataset != "scenes"
+    looked = runs.look(chosen.run)[0] if named else {}
     selected = select_notebooks(notebooks or root / "notebooks", only)
     earlier = read_json(made / "inputs.json") if (made / "inputs.json").exists() else {}
-    library, outcomes = _library(), {}
+    library, outcomes = "-".join([_library(), *looked.values()]), {}
     for path in selected:
         if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, library, folder):
             say(f"{path.stem}: was run before, nothing has changed")

@@ -1,4 +1,15 @@
-"""Run records, as they are read: what was run, with what, and what came out."""
+"""Run records, as they are read: what was run, with what, and what came out.
+
+What a record depends on, and where that is held:
+
+run         configuration (compared whole); code (keys.arithmetic); photos and labels (keys.train_data, keys.test_data);
+            starting weights (keys.weights); number of processes, where each has batch statistics of its own
+            (environment.processes: told where it is another than today's)
+evaluation  the run and the values that differ (its name, see evaluation_id); code (made_by)
+comparison  runs, values, streams, epoch, resamples (its name, and a, b, epoch, num_resamples); code that reads scores
+            and resamples (made_by); scores (their mAP is held against that of the run's record when it is made)
+regions     the run (its name); code (made_by); annotated boxes (boxes)
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -69,6 +80,11 @@ class Record:
     def prediction(self, stream: str = "fused") -> "Prediction":
         """What one stream of this run says of the test images."""
         return Prediction(self, stream=stream)
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes trained it together; records that lack the number were made by one."""
+        return int(self.content.get("environment", {}).get("processes", 1))
 
     def is_current(self, keys: Mapping[str, str]) -> bool:
         """Whether it was made by this arithmetic, data and weights, as far as these keys tell."""
@@ -141,11 +157,16 @@ def _read_record(path: Path, changed_ns: int) -> Record:
     return record
 
 
-def kept(folders: Sequence[Path], kind: str, name: str, made_by: str) -> Mapping[str, Any] | None:
+def kept(
+    folders: Sequence[Path], kind: str, name: str, made_by: str, keys: Mapping[str, str]
+) -> Mapping[str, Any] | None:
     """The content of <kind>/<name>.json in the first of these results/<profile> folders that has one made by the
-    definitions of this fingerprint (see mcar_lib.runs.fingerprints)."""
+    definitions of this fingerprint (see mcar_lib.runs.fingerprints) from what the keys tell."""
     for path in (folder / kind / f"{name}.json" for folder in folders):
-        if path.exists() and (content := read_json(path)).get("made_by", "") in accepted(made_by):
+        if not path.exists():
+            continue
+        content = read_json(path)
+        if content.get("made_by", "") in accepted(made_by) and all(content.get(key) == keys[key] for key in keys):
             return content
     return None
 
