@@ -474,7 +474,10 @@ def data(
 def _record_of(runs: "Runs", config: "RunConfig") -> "Record":
     record = runs.find(config)
     if record is None:
-        raise ResultsError(f"there is no current record of {config.label}; mcar train with the same options makes one")
+        raise ResultsError(
+            f"there is no current record of {config.label} with this data and these weights; "
+            "mcar train with the same options makes one"
+        )
     return record
 
 

@@ -16,6 +16,7 @@ from torchvision.ops import box_area, box_iou
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError
+from mcar_lib.files import content_id
 from mcar_lib.intervals import mean_intervals
 from mcar_lib.model import MCAR
 from mcar_lib.regions import Selection, attention_maps, attentional_regions, locate_intervals, select_classes
@@ -47,6 +48,9 @@ class Objects(NamedTuple):
     classes: Tensor
     images: Tensor
     sizes: Tensor
+
+
+NO_OBJECTS = Objects(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0))
 
 
 class ClassRegions(NamedTuple):
@@ -251,6 +255,7 @@ def measure_regions(runs: Runs, config: RunConfig) -> Mapping[str, Any]:
     """The record of a run's regions on its test images, made once: overlap_rows, pointing_rows, and a small gallery.
 
     The gallery holds, for the first test images, each region's box, class and map cells, and the annotated objects.
+    Without annotated boxes in the data set (a table has none) nothing is measured, and the gallery is all there is.
     """
     run_id = runs.run(config).run_id
 
@@ -260,11 +265,27 @@ def measure_regions(runs: Runs, config: RunConfig) -> Mapping[str, Any]:
         names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "data": test.title}
         return {**names, **found, "environment": describe_environment(runs.profile.threads)}
 
-    return runs.keep("regions", run_id, fingerprint(_measured), measured)
+    keys = {"boxes": boxes_fingerprint(runs.data(config).test)} if "test_data" in runs.look(config)[0] else {}
+    return runs.keep("regions", run_id, regions_fingerprint(), measured, **keys)
+
+
+def regions_fingerprint() -> str:
+    """What a record of regions computes with."""
+    return fingerprint(_measured)
+
+
+def boxes_fingerprint(images: ImageSet) -> str:
+    """A short hash of the annotated objects of a split: corners, class and difficult of each, image by image."""
+    found = [images.boxes(index) for index in range(len(images))] if images.has_boxes else []
+    rows = [[part.tolist() for part in (each.xyxy, each.classes, each.difficult)] for each in found]
+    return content_id({"boxes": rows})
 
 
 def _measured(model: MCAR, squares: ResizedImages) -> dict[str, Any]:
     test, num_images = squares.image_set, len(squares)
+    if not test.has_boxes:
+        unmeasured = {"difficult": 0, "objects": {}, "overlap": [], "pointing": []}
+        return {"images": num_images, **unmeasured, "gallery": _gallery(model, squares, NO_OBJECTS)}
     objects, found = annotated_objects(test, squares.size), class_regions(model, squares)
     counts = sorted({count for count in (*COUNTS, model.num_regions) if count <= len(test.classes)})
     overlap = overlap_rows(objects, measure_overlaps(objects, found, max(counts)), counts, num_images)

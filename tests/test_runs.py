@@ -403,37 +403,6 @@ def test_a_record_of_other_arithmetic_may_have_unknown_options(
     assert open_runs().find(tiny_config) is None
 
 
-def test_a_record_is_found_without_its_data(
-    runs: Runs, record: Record, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(config: RunConfig) -> None:
-        raise DataError("no data here")
-
-    monkeypatch.setattr(runs, "data", missing)
-    assert runs.find(tiny_config) is not None
-
-
-def test_a_record_is_found_without_its_starting_weights(
-    open_runs: OpenRuns, runs: Runs, tiny_config: RunConfig, tmp_path: Path
-) -> None:
-    path = save_tiny_weights(tmp_path, seed=1)
-    config = tiny_config.vary(weights=str(path))
-    runs.run(config)
-    path.unlink()
-    assert open_runs().find(config) is not None
-
-
-def test_a_record_of_other_images_is_not_taken_without_starting_weights_either(
-    open_runs: OpenRuns, runs: Runs, tiny_config: RunConfig, tmp_path: Path
-) -> None:
-    path = save_tiny_weights(tmp_path, seed=1)
-    config = tiny_config.vary(weights=str(path))
-    record = runs.run(config)
-    path.unlink()
-    rewrite(record, keys={**record.content["keys"], "test_data": "another"})
-    assert open_runs().find(config) is None
-
-
 # ---- weights and scores of a run
 
 

@@ -21,7 +21,7 @@ from mcar_lib.errors import MCARError, ResultsError
 from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, write_atomically, write_json
 from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
-from mcar_lib.runs import Record, load_profile, read_records
+from mcar_lib.runs import Record, Runs, load_profile, read_records
 from mcar_lib.runs.records import RECORD_FORMAT, following
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
@@ -52,7 +52,7 @@ def reproduce(
     only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
     artifacts: as for Runs. An executed notebook that somebody changed is moved aside, not overwritten.
     A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
-    One that ran here before, on the same cells, code and run records, is not run again.
+    One that ran here before, on the same cells, code, data and run records, is not run again.
     """
     from mcar_lib.tables import Generated
 
@@ -63,11 +63,15 @@ def reproduce(
     place = str(user_path(data_root).resolve()) if data_root else ""
     values = {"profile": name, "profiles": [name], "results": str(results), "data_root": place, "readme": ""}
     made, written = made_folder(folder / "notebooks"), Generated(folder)
+    runs = Runs(chosen, results, place, artifacts)
+    # Data that was named and cannot be read ends this before any notebook runs.
+    named = runs.splits.data_root is not None and chosen.run.dataset != "scenes"
+    looked = runs.look(chosen.run)[0] if named else {}
     selected = select_notebooks(notebooks or root / "notebooks", only)
     earlier: dict[str, Any] = {}
     with contextlib.suppress(ResultsError):  # none, or unreadable: the notebooks are run again
         earlier = read_json(made / "inputs.json")
-    library, outcomes = _library(), {}
+    library, outcomes = "-".join([_library(), *looked.values()]), {}
     for path in selected:
         if (made / path.name).exists() and earlier.get(path.stem) == _inputs(path, library, folder):
             say(f"{path.stem}: was run before, nothing has changed")

@@ -15,7 +15,7 @@ from mcar_lib.runs.config import BASELINE, METHOD, Axis, Profile, RunConfig, loa
 from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
-from mcar_lib.runs.runs import Runs
+from mcar_lib.runs.runs import Runs, open_runs
 
 __all__ = [
     "BASELINE",
@@ -37,6 +37,7 @@ __all__ = [
     "interval",
     "load_profile",
     "make_config",
+    "open_runs",
     "points",
     "read_records",
     "summarise",

@@ -15,16 +15,20 @@ import torch
 
 from mcar_lib.files import content_id
 from mcar_lib.intervals import bootstrap_interval, holm, paired_bootstrap
+from mcar_lib.metrics import average_precision
+from mcar_lib.progress import say
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.measures import by_stream, count_macs, stream_metrics
+from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.records import RECORD_FORMAT, Failure, Prediction, Record, Value, evaluation_id
 from mcar_lib.runs.runs import Runs
 from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, cpu_threads
 from mcar_lib.training import StreamScores, evaluate
 
 SIGNIFICANT = 0.05
+SAME_MAP = 1e-6  # difference in mAP, a fraction, that the scores of a record may have from it
 NO_DIFFERENCE = "no difference that this data can show"
 Found = Record | Prediction | Failure
 
@@ -88,7 +92,7 @@ def compare(
 
     def computed() -> dict[str, Any]:
         targets = runs.data(sides[0][0].config).test.targets
-        scores = [torch.stack([_scores(runs, each, epoch) for each in side]) for side in sides if side]
+        scores = [torch.stack([_scores(runs, each, epoch, targets) for each in side]) for side in sides if side]
         found = (
             paired_bootstrap(scores[0], scores[1], targets, resamples)
             if b
@@ -100,13 +104,28 @@ def compare(
         of_runs = sorted({each.record.run_id for side in sides for each in side})
         return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **asdict(found)}
 
-    return runs.keep("comparisons", content_id(key), fingerprint(bootstrap_interval, paired_bootstrap), computed)
+    return runs.keep("comparisons", content_id(key), comparison_fingerprint(), computed)
 
 
-def _scores(runs: Runs, prediction: Prediction, epoch: str) -> torch.Tensor:
+def comparison_fingerprint() -> str:
+    """What a comparison computes with: from the files of scores to intervals."""
+    return fingerprint(Outcome.scores, Outcome.scores_of, StreamScores, by_stream, bootstrap_interval, paired_bootstrap)
+
+
+def _scores(runs: Runs, prediction: Prediction, epoch: str, targets: torch.Tensor) -> torch.Tensor:
+    """Scores (n, K) of a prediction, held against its record: they are not committed, and made anew on another machine
+    they are a little others."""
     config = prediction.config
-    scores = _scores_with(runs, config, prediction.changes)[0] if prediction.changes else runs.scores(config, epoch)
-    return by_stream(scores)[prediction.stream]
+    found = _scores_with(runs, config, prediction.changes)[0] if prediction.changes else runs.scores(config, epoch)
+    scores = by_stream(found)[prediction.stream]
+    recorded = prediction.map() if prediction.changes else prediction.record.map(prediction.stream, epoch)
+    here = average_precision(scores, targets).nanmean().item()
+    if abs(here - recorded) > SAME_MAP:
+        say(
+            f"{config.label}: its scores on this machine give an mAP of {100 * here:.2f}, its record says "
+            f"{100 * recorded:.2f}: they were made apart, and the interval is of these scores"
+        )
+    return scores
 
 
 # In percent, for tables -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TextIO
 
 import torch
 
-from mcar_lib.errors import MCARError
+from mcar_lib.errors import MCARError, WeightsError
 from mcar_lib.progress import format_seconds, say
 from mcar_lib.runs.config import Profile, RunConfig
 from mcar_lib.runs.records import Failure, Record
@@ -35,8 +35,9 @@ def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None 
     """
     outcomes: dict[str, Record | Failure] = {}
     for config in configs:
-        if (record := runs.find(config)) is not None:
-            outcomes[_key(config)] = record
+        with contextlib.suppress(WeightsError):  # a Failure of this run alone, once it is to be trained
+            if (record := runs.find(config)) is not None:
+                outcomes[_key(config)] = record
     missing = {_key(config): config for config in configs if _key(config) not in outcomes}
     at_once = min(at_once or runs_at_once(runs.profile), max(len(missing), 1))
     started, waiting = time.monotonic(), sorted(missing.values(), key=relative_cost, reverse=True)

@@ -1,5 +1,15 @@
 """Run records, as they are read: what was run, with what, and what came out.
 
+What a record depends on, and where that is held:
+
+run         configuration (compared whole); code (keys.arithmetic); photos and labels (keys.train_data, keys.test_data);
+            starting weights (keys.weights); number of processes, where each has batch statistics of its own
+            (environment.processes: told where it is another than today's)
+evaluation  the run and the values that differ (its name, see evaluation_id); code (made_by)
+comparison  runs, values, streams, epoch, resamples (its name, and a, b, epoch, num_resamples); code that reads scores
+            and resamples (made_by); scores (their mAP is held against that of the run's record when it is made)
+regions     the run (its name); code (made_by); annotated boxes (boxes)
+
 A file that is no whole record is named and passed over: one that is broken stops no other run.
 """
 
@@ -80,6 +90,11 @@ class Record:
         """What one stream of this run says of the test images."""
         return Prediction(self, stream=stream)
 
+    @property
+    def num_processes(self) -> int:
+        """How many processes trained it together; records that lack the number were made by one."""
+        return int(self.content.get("environment", {}).get("processes", 1))
+
     def is_current(self, keys: Mapping[str, str]) -> bool:
         """Whether it was made by this arithmetic, data and weights, as far as these keys tell."""
         own = self.content.get("keys", {})
@@ -148,12 +163,15 @@ def _record_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))  # "._x.json" is a Mac's
 
 
-def kept(folders: Sequence[Path], kind: str, name: str, made_by: str) -> Mapping[str, Any] | None:
+def kept(
+    folders: Sequence[Path], kind: str, name: str, made_by: str, keys: Mapping[str, str]
+) -> Mapping[str, Any] | None:
     """The content of <kind>/<name>.json in the first of these results/<profile> folders that has one made by the
-    definitions of this fingerprint (see mcar_lib.runs.fingerprints)."""
+    definitions of this fingerprint (see mcar_lib.runs.fingerprints) from what the keys tell."""
     for path in (folder / kind / f"{name}.json" for folder in folders):
         content = read_kept(path, kind) if path.exists() else None
-        if content is not None and content.get("made_by", "") in accepted(made_by):
+        made_so = content is not None and content.get("made_by", "") in accepted(made_by)
+        if content is not None and made_so and all(content.get(key) == keys[key] for key in keys):
             return content
     return None
 

@@ -1,18 +1,18 @@
 """From a RunConfig to a run record, once: records are found again by content, and runs that were killed go on.
 
 A run's keys are fingerprints of the arithmetic, the data and the starting weights. A record whose keys are not today's
-is never taken for the run that is asked for.
+is never taken for the run that is asked for. Where there is nothing to look at (no data root was named), its record is
+taken, and a line says so; data that was named and cannot be read is an error.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mcar_lib.backbones import weights_fingerprint
-from mcar_lib.errors import DataError, WeightsError
+from mcar_lib.errors import ConfigError, DataError, WeightsError
 from mcar_lib.files import OTHER_ARTIFACTS, made_folder, project_root, results_folder, user_path, write_json
 from mcar_lib.model import MCAR
 from mcar_lib.progress import say
@@ -23,6 +23,8 @@ from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_recor
 from mcar_lib.runs.splits import Data, Splits
 from mcar_lib.runs.trainer import arithmetic_fingerprint, cpu_threads, described, load_model, train
 from mcar_lib.training import StreamScores, evaluate, processes
+
+NO_FILES = ("imagenet", "bundled", "none")  # starting weights that no path names
 
 
 class Runs:
@@ -52,6 +54,7 @@ class Runs:
         place = user_path(data_root).resolve() if data_root else None
         self.splits = Splits(self.artifacts, place, verbose)
         self.verbose = verbose
+        self._told: set[str] = set()
 
     @property
     def folder(self) -> Path:
@@ -78,8 +81,12 @@ class Runs:
         }
 
     def find(self, config: RunConfig) -> Record | None:
-        """The current record of a configuration: among the results read first, else among the local ones."""
-        keys = _known_keys(self, config)
+        """The current record of a configuration: among the results read first, else among the local ones.
+
+        Says once what it was taken without a look at. Raises the errors of a data root or of a weights file that was
+        named and cannot be read.
+        """
+        keys, unseen = self.look(config)
 
         def found() -> Record | None:
             records = (record for folder in self._folders() for record in read_records(folder))
@@ -88,7 +95,38 @@ class Runs:
                 self._place(record.run_id).remove_leftovers()
             return record
 
-        return processes.broadcast_from_main(found)
+        record = processes.broadcast_from_main(found)
+        if record is not None:
+            self._tell_once(*unseen, *_told_of_processes(record))
+        return record
+
+    def _tell_once(self, *lines: str) -> None:
+        for line in dict.fromkeys(lines):
+            if self.verbose and line not in self._told:
+                say(line)
+            self._told.add(line)
+
+    def look(self, config: RunConfig) -> tuple[dict[str, str], list[str]]:
+        """Today's fingerprints of what is here of all that a run depends on, and a line for each thing that is not.
+
+        Raises DataError or WeightsError where a data root or a weights file was named and cannot be read.
+        """
+        keys, unseen = {"arithmetic": arithmetic_fingerprint()}, []
+        try:
+            processes.main_first(lambda: self.splits.place_of(config))
+        except DataError as error:
+            why = error if config.dataset == "scenes" else f"{config.dataset}: no data root was named that holds it"
+            unseen.append(f"{why}; its records are shown without a look at the data")
+        else:
+            data = self.data(config)
+            keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
+        try:
+            keys["weights"] = weights_fingerprint(config.backbone, config.weights)
+        except WeightsError as error:
+            if config.weights not in NO_FILES:
+                raise
+            unseen.append(f"{error}; records are shown without a look at the starting weights")
+        return keys, unseen
 
     def run(self, config: RunConfig) -> Record:
         """The record of a run, trained first if there is none that is current.
@@ -196,16 +234,19 @@ class Runs:
 
     # Records that follow from runs ----------------------------------------------------------------------------------
 
-    def keep(self, kind: str, name: str, made_by: str, make: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
+    def keep(
+        self, kind: str, name: str, made_by: str, make: Callable[[], dict[str, Any]], **keys: str
+    ) -> Mapping[str, Any]:
         """The content of <profile>/<kind>/<name>.json, made and written to the local results if there is none that
-        the definitions of the fingerprint made_by have made. Of several sessions that ask at once, one makes it."""
-        found = kept(self._folders(), kind, name, made_by)
+        the definitions of the fingerprint made_by have made from what the keys tell. Of several sessions that ask at
+        once, one makes it."""
+        found = kept(self._folders(), kind, name, made_by, keys)
         if found is None:
             lock = self.artifacts / "locks" / f"{self.profile.name}-{kind}-{name}.lock"
             with alone(lock, f"makes {kind}/{name}.json"):
-                found = kept(self._folders(), kind, name, made_by)  # another job may have made it meanwhile
+                found = kept(self._folders(), kind, name, made_by, keys)  # another job may have made it meanwhile
                 if found is None:
-                    found = {**make(), "made_by": made_by}
+                    found = {**make(), **keys, "made_by": made_by}
                     write_json(self.local_folder / kind / f"{name}.json", found)
         return found
 
@@ -213,12 +254,29 @@ class Runs:
         return tuple(dict.fromkeys((self.folder, self.local_folder)))
 
 
-def _known_keys(runs: Runs, config: RunConfig) -> dict[str, str]:
-    """Those fingerprints that can be taken here: without the data or the weights at hand, the others alone."""
-    keys = {"arithmetic": arithmetic_fingerprint()}
-    with contextlib.suppress(DataError):
-        data = runs.data(config)
-        keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
-    with contextlib.suppress(WeightsError):
-        keys["weights"] = weights_fingerprint(config.backbone, config.weights)
-    return keys
+def open_runs(profiles: Sequence[str], results: Path | str | None = None, data_root: str | None = None) -> list[Runs]:
+    """The runs of several profiles that are shown together.
+
+    One data root seldom holds the data of all: where it has nothing of a profile's, but something of another's, that
+    profile's records are shown as without a data root.
+    """
+    if not isinstance(profiles, list | tuple):
+        raise ConfigError(f'profiles is {profiles!r}; give a list of names, ["mini"] for one')
+    opened = [Runs(profile, results, data_root) for profile in profiles]
+    elsewhere = [runs for runs in opened if not runs.splits.holds_any_of(runs.profile.run)]
+    if len(elsewhere) < len(opened):
+        for runs in elsewhere:
+            runs.splits.data_root = None
+    return opened
+
+
+def _told_of_processes(record: Record) -> list[str]:
+    """What to know of a record that was trained by another number of processes than there are now."""
+    count, config = record.num_processes, record.config
+    if count == processes.num_processes() or config.statistics_batch:
+        return []
+    by, share = "one process" if count == 1 else f"{count} processes", config.batch_size // count
+    return [
+        f"{config.label} was trained by {by}, so with batch statistics over {share} images each; with "
+        f"statistics_batch={share} their number makes no difference"
+    ]

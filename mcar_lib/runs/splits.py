@@ -15,6 +15,12 @@ from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.records import NO_TEST_LABELS
 from mcar_lib.training import processes
 
+PARTS = {  # of a published data set: where any of these is, the rest should be
+    **{f"voc{year}": (f"VOCdevkit/VOC{year}", f"VOC{year}", "ImageSets/Main") for year in (2007, 2012)},
+    "coco2014": ("annotations", "train2014", "val2014"),
+    "scenes": (),
+}
+
 
 @dataclass(frozen=True)
 class Data:
@@ -42,6 +48,7 @@ class Splits:
     def __init__(self, artifacts: Path, data_root: Path | None, verbose: bool = True) -> None:
         self.artifacts, self.data_root, self.verbose = artifacts, data_root, verbose
         self.notes = artifacts / "data" / "checked"
+        self._drawn: set[str] = set()
         self._data: dict[str, Data] = {}
         self._squares: dict[tuple[ImageSet, int], ResizedImages] = {}
 
@@ -60,11 +67,26 @@ class Splits:
             self._data[key] = processes.main_first(lambda: self._read(config))
         return self._data[key]
 
-    def _read(self, config: RunConfig) -> Data:
+    def place_of(self, config: RunConfig) -> Path:
+        """As root_of, where scenes are drawn now if need be; raises DataError where there is nothing to look at."""
         root = self.root_of(config.dataset)
-        if config.dataset == "scenes":
+        if (
+            config.dataset == "scenes"
+            and (options := json.dumps(config.data_options, sort_keys=True)) not in self._drawn
+        ):
             with Progress("drawing scenes", 1, enabled=self.verbose) as progress:
                 scenes_folder(root, progress.update, **config.data_options)
+            self._drawn.add(options)
+        return root
+
+    def holds_any_of(self, config: RunConfig) -> bool:
+        """Whether anything of a data set lies below the data root that was named."""
+        root, table = self.data_root, str(config.data_options.get("csv", "labels.csv"))
+        parts = PARTS.get(config.dataset, (table,))
+        return root is not None and (root.is_file() or any((root / part).exists() for part in parts))
+
+    def _read(self, config: RunConfig) -> Data:
+        root = self.place_of(config)
         train = load_image_set(config.dataset, "train", root, **config.data_options)
         test = load_scored_split(config.dataset, root, **config.data_options)
         found = [(images, self.check(images)) for images in (train, test) if images is not None]
