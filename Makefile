@@ -4,6 +4,7 @@ PYTHON ?= python3
 PROFILE ?= mini
 ONLY ?=
 DATA_ROOT ?=
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: help venv reproduce test report publish lint notebook clean
@@ -12,7 +13,7 @@ BIN := .venv/bin
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  PYTHON=python3.11'
+	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  JOBS=2  PYTHON=python3.11'
 
 venv: .venv/.installed  ## the environment in .venv, exactly as pinned
 
@@ -29,8 +30,7 @@ reproduce: venv  ## all notebooks, trained anew into results/local, then compare
 	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
 
 test: lint  ## every check: lint, types, layers, tests, notebooks, drift of what they write
-	$(BIN)/python -m pytest
-	$(BIN)/mcar report --check
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: venv  ## format, lint, types and layers only
 	$(BIN)/ruff check .

@@ -21,6 +21,12 @@ from mcar_lib.weights import Source
 SCENES = {"num_train": 24, "num_test": 16, "side": 96, "seed": 5}
 TINY_CHANNELS = (3, 8, 8, 16, 16, 16)
 IMAGE_SIZE = 64
+LONGEST = ("test_notebooks.py", "test_drift.py", "test_smoke.py", "test_processes.py", "test_fingerprints.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that side by side none is left to run alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
