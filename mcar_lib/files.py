@@ -58,10 +58,10 @@ def needed_checkout(job: str) -> Path:
     return root
 
 
-def published_table(name: str) -> Path:
-    """One of the tables of figures published by others: results/published, which an installed package brings along."""
+def shipped(folder: str) -> Path:
+    """A folder of the checkout, "models" or "results/published"; an installed package brings it along."""
     root = checkout()
-    return (root / "results" / "published" if root else PACKAGE / "published") / name
+    return root / folder if root else PACKAGE / Path(folder).name
 
 
 def user_path(path: object) -> Path:

@@ -20,7 +20,7 @@ from mcar_lib.backbones import lookup
 from mcar_lib.data.image_set import Photo, read_image
 from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import CheckpointError, ConfigError, DataError, WeightsError, as_markdown
-from mcar_lib.files import PACKAGE, reading, write_bytes
+from mcar_lib.files import reading, shipped, write_bytes
 from mcar_lib.model import MCAR, Output, Pooling, build_mcar
 from mcar_lib.regions import Selection, attention_maps
 from mcar_lib.weights import load_named
@@ -117,7 +117,7 @@ class ReleasedModel:
 
 def models_folder() -> Path:
     """Where the models lie that are known by name."""
-    return PACKAGE / "models"
+    return shipped("models")
 
 
 def load_released(name_or_path: str | Path) -> ReleasedModel:

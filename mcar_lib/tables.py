@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image, ImageChops, ImageStat
 
 from mcar_lib.errors import ResultsError, as_markdown, printable
-from mcar_lib.files import file_hash, published_table, read_json, write_bytes, write_json, write_text
+from mcar_lib.files import file_hash, read_json, shipped, write_bytes, write_json, write_text
 from mcar_lib.progress import say
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
 
@@ -210,7 +210,7 @@ def fill_blocks(path: Path, blocks: Mapping[str, str]) -> None:
 
 def read_published(name: str) -> pd.DataFrame:
     """One of the tables of results/published, each row with its source; missing values stay empty."""
-    return pd.read_csv(published_table(name), keep_default_na=False)
+    return pd.read_csv(shipped("results/published") / name, keep_default_na=False)
 
 
 def beside_published(groups: Sequence[Sequence[Record]]) -> pd.DataFrame:

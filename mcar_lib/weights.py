@@ -316,8 +316,8 @@ def load_release_checkpoint(path_or_dict: str | Path | Mapping[str, Any], model:
     """Loads weights in the key layout of the released checkpoints into a model, and returns it.
 
     path_or_dict: a file (read with weights_only) or a dict, either {'state_dict': ...} or the state dict itself. The
-    keys of ResNets are ours already; those of MobileNet-v2 are renamed, unless they are ours. A "module." prefix of
-    data parallelism is dropped.
+    keys of ResNets are ours already; those of MobileNet-v2 are renamed, unless they are ours too. A "module." prefix
+    of data parallelism is dropped.
     Raises CheckpointError naming the file, and both numbers of classes or the first keys that differ.
     """
     if isinstance(path_or_dict, Mapping):

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from mcar_lib.cli import app, parse_settings
@@ -223,6 +226,94 @@ def test_evaluating_the_weights_of_a_run_gives_its_metrics(trained: Trained) -> 
     done = mcar("evaluate", *trained.options, "--checkpoint", weights)
     assert done.exit_code == 0, done.output
     assert metric_lines(done.output) == metric_lines(trained.output)
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "mine.safetensors"
+    done = mcar("export", *trained.options, "--output", path)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def with_header(path: Path, other: Path, **changes: object) -> Path:
+    with safe_open(path, framework="pt") as stored:
+        about = json.loads(stored.metadata()["mcar"])
+    save_file(load_file(path), other, {"mcar": json.dumps({**about, **changes})})
+    return other
+
+
+def test_the_card_loads_its_file(exported: Path) -> None:
+    card = exported.with_suffix(".md").read_text()
+    assert f'mcar_lib.load("{exported}")' in card
+    assert "![" not in card
+
+
+def test_an_exported_file_is_scored_as_its_header_says(trained: Trained, exported: Path) -> None:
+    other = ("--set", "data_options.seed=3")
+    plain = mcar("evaluate", *trained.options, "--checkpoint", exported)
+    assert plain.exit_code == 0, plain.output
+    wide = trained.record.parent / "wide.toml"
+    wide.write_text(PROFILE.replace("image_size = 64\n", 'image_size = 96\npooling = "max"\n').replace("= 2", "= 3"))
+    places = ("--profile", wide, "--artifacts", trained.artifacts, *other, "--checkpoint", exported)
+    done = mcar("evaluate", *places)
+    assert done.exit_code == 0, done.output
+    for line in ("image_size = 64", "pooling = avg", "num_regions = 2", "precision = fp32"):
+        assert f"{line}, from the file" in done.stdout
+    assert f"dataset = scenes, from the profile {wide}" in done.stdout
+    assert metric_lines(done.stdout) == metric_lines(plain.stdout)
+    changed = mcar("evaluate", *places, "--set", "pooling=max")
+    assert "pooling = max, from an option" in changed.stdout
+
+
+def test_the_normalisation_of_an_exported_file_is_its_own(trained: Trained, exported: Path, tmp_path: Path) -> None:
+    other = with_header(exported, tmp_path / "x.safetensors", mean=[0.9, 0.1, 0.5], std=[2.0, 3.0, 0.1])
+    lines = [
+        metric_lines(mcar("evaluate", *trained.options, "--checkpoint", each).stdout) for each in (exported, other)
+    ]
+    assert len(lines[1]) == 15
+    assert lines[0] != lines[1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (lambda names: ["moth", *names[1:]], "class 1 is 'moth' there and"),
+        (lambda names: names[::-1], "the same in another order: class 1 is"),
+    ],
+)
+def test_an_exported_file_of_other_classes_is_refused(
+    classes: Callable[[list[str]], list[str]], words: str, trained: Trained, exported: Path, tmp_path: Path
+) -> None:
+    with safe_open(exported, framework="pt") as stored:
+        names = json.loads(stored.metadata()["mcar"])["classes"]
+    other = with_header(exported, tmp_path / "x.safetensors", classes=classes(names))
+    done = mcar("evaluate", *trained.options, "--checkpoint", other)
+    assert done.exit_code == 4
+    assert words in done.stderr
+
+
+def test_weights_without_a_header_say_that_the_profile_s_settings_are_used(trained: Trained) -> None:
+    weights = next(trained.artifacts.glob("runs/*/model.safetensors"))
+    done = mcar("evaluate", *trained.options, "--checkpoint", weights)
+    assert f"{weights}: holds no settings" in done.stderr
+    assert "pooling = avg, from the profile" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["notes.md", "notes.safetensors"])
+def test_export_writes_over_no_file_of_another_kind(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("my notes")
+    done = mcar("export", "--output", tmp_path / "notes.safetensors")
+    assert done.exit_code == 2
+    assert f"{tmp_path / name} is there" in done.stderr
+    assert "notes.safetensors and notes.md" in done.stderr
+    assert (tmp_path / name).read_text() == "my notes"
+
+
+def test_export_writes_over_its_own_files(trained: Trained, exported: Path) -> None:
+    before = exported.with_suffix(".md").read_text()
+    assert mcar("export", *trained.options, "--output", exported).exit_code == 0
+    assert exported.with_suffix(".md").read_text() == before
 
 
 def test_evaluating_what_was_never_trained_is_a_results_error(trained: Trained) -> None:

@@ -5,10 +5,13 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import mutated
+from safetensors.torch import save_file
 from submissions import read_submission
 from test_cli import mcar, metric_lines
 from test_data import write_coco, write_photo, write_voc
@@ -19,11 +22,13 @@ from mcar_lib.data import ImageSet, load_coco, load_image_set, load_voc
 from mcar_lib.data.coco import COCO_CLASSES
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
+from mcar_lib.errors import WeightsError
 from mcar_lib.metrics import average_precision, multilabel_metrics
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs import OPERATING_POINTS, STREAMS
+from mcar_lib.submission import write_voc2012_submission
 from mcar_lib.training import StreamScores, evaluate
-from mcar_lib.weights import release_settings
+from mcar_lib.weights import load_release_checkpoint, read_state_dict, release_settings
 
 SIDE = 64
 VOC_LABELS = {"a1": {"dog": 1, "cat": 0}, "b2": {"train": 1}, "c3": {"person": 1, "dog": 1}, "d4": {"aeroplane": 1}}
@@ -304,9 +309,70 @@ def test_submit_refuses_a_checkpoint_of_coco_and_writes_nothing(root: Path, tmp_
     path = tmp_path / "coco2014-mobilenetv2-gwp-64-4-0.5.pth"
     write_release(build("mobilenet_v2", 80), path, "mobilenet_v2")
     output = tmp_path / "scores.tar.gz"
-    output.write_text("of an earlier run")
+    write_voc2012_submission(output, ["a"], VOC_CLASSES, torch.zeros(1, 20))
+    before = output.read_bytes()
     places = ("--data-root", root, "--artifacts", tmp_path, "--output", output)
     done = mcar("submit", "voc2012", "--release", "--checkpoint", path, *places)
     assert done.exit_code == 4
     assert "is of 80 classes and the model here of 20" in done.stderr
-    assert output.read_text() == "of an earlier run"
+    assert output.read_bytes() == before
+
+
+def test_submit_writes_over_no_file_of_another_kind(small: Path, root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.tar.gz"
+    output.write_text("my own")
+    places = ("--data-root", root, "--artifacts", tmp_path, "--output", output)
+    done = mcar("submit", "voc2012", "--release", "--checkpoint", small, *places)
+    assert done.exit_code == 2
+    assert f"{output} is there and is no archive that mcar submit wrote" in done.stderr
+    assert output.read_text() == "my own"
+
+
+# ---- files of all kinds
+
+
+def test_damaged_names_say_nothing_or_settings_of_the_right_types() -> None:
+    for damaged in mutated(b"coco2014-resnet101-gwp-448-4-0.5.pth.tar"):
+        found = release_settings(damaged.decode("latin-1"))
+        assert [type(value) for value in found.values()] in ([], [str, str, str, int, int, float])
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_weights_are_read_or_named(name: str, tmp_path: Path) -> None:
+    path, state = tmp_path / name, {"convclass.weight": torch.ones(2, 3), "convclass.bias": torch.zeros(2)}
+    torch.save({"state_dict": state}, path) if name.endswith("pth") else save_file(state, path)
+    for content in mutated(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            assert all(isinstance(value, torch.Tensor) for value in read_state_dict(path).values())
+        except WeightsError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            assert "weights_only" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_found_below_the_usual_keys_beside_numpy_numbers(
+    nested: str | None, prefix: str, tmp_path: Path
+) -> None:
+    state = {f"{prefix}a.weight": torch.ones(2)}
+    content = state if nested is None else {nested: state, "best": np.float64(0.8), "epoch": np.int64(3)}
+    torch.save(content, tmp_path / "x.pth")
+    found = read_state_dict(tmp_path / "x.pth")
+    assert list(found) == ["a.weight"]
+
+
+def test_a_file_of_more_than_tensors_is_named_without_advice_to_trust_it(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(1)}, "scores": np.ones(3)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"x\.pth holds more than tensors \(numpy.*save its weights alone") as caught:
+        read_state_dict(tmp_path / "x.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_release_checkpoint_in_our_own_keys_is_read(tmp_path: Path) -> None:
+    model, path = build("mobilenet_v2", 20), tmp_path / "x.pth"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
+    read = load_release_checkpoint(path, build_mcar("mobilenet_v2", 20, "none"))
+    assert torch.equal(read.convclass.weight, model.convclass.weight)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CHANNELS, build_tiny
+from mutations import mutated
+from PIL import Image
 from real_photos import real_voc2007
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 
 import mcar_lib
 from mcar_lib.backbones import BACKBONES, Entry, build_backbone
-from mcar_lib.data import load_voc
+from mcar_lib.data import load_voc, read_image
 from mcar_lib.data.transforms import normalise, resize_square
 from mcar_lib.data.voc import VOC_CLASSES
-from mcar_lib.errors import WeightsError
+from mcar_lib.errors import DataError, WeightsError
+from mcar_lib.figures import photos_figure
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.released import METADATA, ReleasedModel, card_text, export_run, load_released
@@ -184,6 +187,124 @@ def test_a_header_without_one_of_these_values_is_refused(written: Path, key: str
         load_released(other)
 
 
+WRONG = {
+    "classes": ["dog", [1, 2], [], ["dog", "dog"], None],
+    "config": [[], "x", None],
+    "mean": [[0.5, 0.5], ["a", "b", "c"], [0.1, float("nan"), 0.1]],
+    "std": [[0, 0, 0], 1],
+    "format": [True, "1", None],
+    "pooling": ["min", 1],
+    "image_size": [33, 0, "224", True],
+    "num_regions": [0, 10**9, True],
+    "threshold": [2.0, "0.5"],
+    "backbone": ["vgg", 1],
+    "local_stream": ["yes", 1],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values], ids=str)
+def test_a_header_with_a_wrong_value_is_one_sentence(written: Path, key: str, value: object, tmp_path: Path) -> None:
+    other = rewritten(written, tmp_path / "other.safetensors", lambda about: part_with(key, about).update({key: value}))
+    with pytest.raises(WeightsError) as caught:
+        load_released(other)
+    assert str(other) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value * float("nan"), "NaN or infinite"),
+        (lambda value: value.int(), "floats wanted, torch.int32 found"),
+        (lambda value: value[:-1], r"convclass.bias: \(20,\) wanted|20 and|of 19 classes"),
+    ],
+)
+def test_weights_that_cannot_be_right_are_refused(
+    written: Path, change: Callable[[Tensor], Tensor], words: str, tmp_path: Path
+) -> None:
+    with safe_open(written, framework="pt") as stored:
+        metadata = stored.metadata()
+    state = load_file(written)
+    save_file({**state, "convclass.bias": change(state["convclass.bias"])}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(WeightsError, match=words):
+        load_released(tmp_path / "x.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_named(written: Path, tmp_path: Path) -> None:
+    path, content = tmp_path / "x.safetensors", written.read_bytes()
+    for damaged in mutated(content[:4096]):
+        path.write_bytes(damaged + content[4096:])
+        try:
+            load_released(path)
+        except WeightsError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_home_folder_is_found(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(written.parent))
+    assert load_released(f"~/{written.name}").image_size == load_released(written).image_size
+
+
+@pytest.mark.parametrize("key", ["AP", "environment", "data", "run_id"])
+def test_a_card_of_metadata_without_a_key_is_a_sentence(written: Path, key: str) -> None:
+    about = {name: value for name, value in load_released(written).about.items() if name != key}
+    with pytest.raises(WeightsError, match=f"lacks what a card says.*{key}"):
+        card_text("x", about)
+
+
+# ---- photos of every kind
+
+
+def test_photos_in_every_form_get_the_scores_of_their_file(written: Path, tmp_path: Path) -> None:
+    released, random = load_released(written), torch.Generator().manual_seed(0)
+    tensor = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=random)
+    image = Image.fromarray(tensor.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "x.png")
+    forms = [tmp_path / "x.png", str(tmp_path / "x.png"), image, tensor, tensor / 255, tensor.permute(1, 2, 0).numpy()]
+    scores = released.predict(forms).scores
+    assert all(torch.equal(row, scores[0]) for row in scores)
+    for one in (*forms, tensor[None]):
+        assert torch.allclose(released.predict(one).scores, scores[:1], atol=1e-6)
+    classes = torch.zeros(1, 1, dtype=torch.int64)
+    assert torch.equal(released.attention_maps(forms[0], classes), released.attention_maps([tensor], classes))
+
+
+def test_a_phone_s_photo_is_predicted_upright(written: Path, tmp_path: Path) -> None:
+    released, exif = load_released(written), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(torch.arange(60, dtype=torch.uint8).view(6, 10).numpy()).save(tmp_path / "x.png", exif=exif)
+    photos = [tmp_path / "x.png", Image.open(tmp_path / "x.png"), read_image(tmp_path / "x.png", upright=True)]
+    scores = released.network_input(photos)
+    assert torch.equal(scores[0], scores[2])
+    assert torch.equal(scores[1], scores[2])
+
+
+@pytest.mark.parametrize(
+    ("photos", "words"),
+    [
+        ([], "no photos"),
+        ([torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4).long()], r"photos\[1\]: .*int64"),
+        ("nowhere.jpg", r"photos\[0\]: nowhere\.jpg: cannot read"),
+    ],
+)
+def test_what_is_no_photo_is_named_by_its_place(written: Path, photos: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        load_released(written).predict(photos)
+
+
+def test_a_baseline_s_photos_are_shown_with_their_best_classes(written: Path, tmp_path: Path) -> None:
+    baseline = load_released(
+        rewritten(written, tmp_path / "x.safetensors", lambda about: about["config"].update(local_stream=False))
+    )
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
+    made = photos_figure(baseline, {"black": tmp_path / "x.png"})
+    (title,) = [axes.get_title() for axes in made.axes]
+    assert title.startswith("black: ")
+    assert title.count("%)") == 3
+
+
 def test_loading_a_model_imports_neither_runs_nor_training() -> None:
     code = "import sys, mcar_lib; mcar_lib.load('voc-photos'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -216,7 +337,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path, {"mcar": json.dumps({"format": 99})})
     with pytest.raises(WeightsError, match="format 99"):
         load_released(path)
-    save_file({"a": torch.zeros(1)}, path, {"mcar": json.dumps({"format": 1, "classes": ["a"]})})
+    about = {"format": 1, "classes": ["a"], "mean": [0, 0, 0], "std": [1, 1, 1]}
+    save_file({"a": torch.zeros(1)}, path, {"mcar": json.dumps(about)})
     with pytest.raises(WeightsError, match="'config'"):
         load_released(path)
 

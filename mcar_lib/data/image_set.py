@@ -309,7 +309,7 @@ def _pixels_of_array(photo: np.ndarray | Tensor) -> Tensor:
         photo = photo.detach().cpu()
         values = (photo.float() if photo.dtype == torch.bfloat16 else photo).numpy()
     else:
-        values = np.asarray(photo)
+        values = np.asarray(photo, dtype=photo.dtype.newbyteorder("="))
     shape, channels = values.shape, range(1, 5)
     if values.ndim == 2:
         values = values[:, :, None]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcar_lib.backbones import build_backbone
 from mcar_lib.data.published import PUBLISHED
 from mcar_lib.errors import ConfigError
-from mcar_lib.files import published_table
+from mcar_lib.files import shipped
 from mcar_lib.runs.config import Profile, RunConfig
 
 BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
@@ -111,7 +111,7 @@ def key_of(config: RunConfig) -> Key:
 
 def published_map() -> dict[Key, float]:
     """The published mAP in percent by data set, backbone and input size (results/published/map.csv)."""
-    with published_table("map.csv").open(encoding="utf-8", newline="") as stream:
+    with (shipped("results/published") / "map.csv").open(encoding="utf-8", newline="") as stream:
         rows = csv.DictReader(stream)
         return {(row["dataset"], row["backbone"], int(row["image_size"])): float(row["percent"]) for row in rows}
 
