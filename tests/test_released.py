@@ -32,7 +32,7 @@ from mcar_lib.runs import Profile, RunConfig, Runs, read_records
 from mcar_lib.weights import Source
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = sorted((ROOT / "mcar_lib" / "models").glob("*.safetensors"))
+MODELS = sorted((ROOT / "models").glob("*.safetensors"))
 
 
 @pytest.fixture
