@@ -168,7 +168,8 @@ def _check_one(image_set: ImageSet, index: int) -> tuple[bytes, list[str], list[
         content = read_content(path)
         pixels = decode_image(content, path, image_set.upright)
         size = int(pixels.shape[2]), int(pixels.shape[1])
-        odd += [f"{path}: the photo is of one colour"] if is_blank(pixels) else []
+        if is_blank(pixels[:, ::16, ::16]) and is_blank(pixels):  # few pixels first: all take a third of a decode
+            odd.append(f"{path}: the photo is of one colour")
     except DataError as error:
         wrong.append(str(error))
     except ValueError as error:  # what the system raises for a NUL in a name

@@ -91,7 +91,7 @@ class Splits:
         test = load_scored_split(config.dataset, root, **config.data_options)
         found = [(images, self.check(images)) for images in (train, test) if images is not None]
         if self.verbose and speaks():
-            _tell_doubts(found)
+            _tell_doubts(found, test)
         return Data(train, test, found[0][1].fingerprint, "not public" if test is None else found[1][1].fingerprint)
 
     def check(self, images: ImageSet, again: bool = False) -> Checked:
@@ -108,12 +108,11 @@ class Splits:
         return self._squares[key]
 
 
-def _tell_doubts(found: Sequence[tuple[ImageSet, Checked]]) -> None:
-    """A line on what the checks of the splits doubt, and one where mAP leaves classes out; the last split is scored."""
-    scored = found[-1][0]
+def _tell_doubts(found: Sequence[tuple[ImageSet, Checked]], scored: ImageSet | None) -> None:
+    """A line on what the checks of the splits doubt, and one where mAP leaves classes out."""
     if doubts := doubts_together(found):
-        say(f"{scored.name}: {counted(doubts, 'doubt')} about the data; mcar data check tells them")
-    if unseen := len(without_positives(scored)):
+        say(f"{found[0][0].name}: {counted(doubts, 'doubt')} about the data; mcar data check tells them")
+    if scored is not None and (unseen := len(without_positives(scored))):
         rest = len(scored.classes) - unseen
         means = (
             f"mAP is over the {rest} of {len(scored.classes)} classes that have"
