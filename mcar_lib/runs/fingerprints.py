@@ -27,7 +27,7 @@ MESSAGES = ("say", "Progress")  # what calls of these are told computes nothing 
 # another fingerprint are not taken for today's. Who changes code without changing numbers names the value before here;
 # tests/test_fingerprints.py trains a committed run again to hold that to account.
 SAME_NUMBERS: dict[str, tuple[str, ...]] = {
-    "ae63e5a126d7989e": ("05748d78c8abe5e9", ""),  # arithmetic_fingerprint: runs, evaluations
+    "6c632a248eda07a2": ("05748d78c8abe5e9", ""),  # arithmetic_fingerprint: runs, evaluations
     "079eb61a8ec42dba": ("",),  # of the bootstraps: comparisons
     "c8def15483b91ec1": ("",),  # of measure_regions: regions
 }
