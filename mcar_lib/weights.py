@@ -10,7 +10,6 @@ Files are also this project's own, and checkpoints in the key layout of the pape
 
 import hashlib
 import importlib.util
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -170,8 +169,10 @@ def read_state_dict(path: Path) -> StateDict:
         try:
             with torch.serialization.safe_globals(NUMPY_SCALARS):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # torch's own text advises to switch the protection off
-            raise WeightsError(f"{path} {_unpickled(str(error))}") from error
+        except OSError:
+            raise
+        except Exception as error:  # pickle and zip raise anything; torch advises to switch the protection off
+            raise WeightsError(f"{path} cannot be read as weights: it {_unpickled(str(error))}") from error
     return _named(loaded, str(path))
 
 

@@ -467,7 +467,7 @@ def test_weights_are_read_from_a_file(
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 def test_a_file_that_is_no_weights_file_is_named(tiny_backbone: str, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no weights at all")
-    with pytest.raises(WeightsError, match=f"{name} cannot be read as weights"):
+    with pytest.raises(WeightsError, match=f"{name}.* cannot be read as"):
         build_backbone(tiny_backbone, str(tmp_path / name))
 
 
