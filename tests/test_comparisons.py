@@ -28,6 +28,7 @@ from mcar_lib.runs import (
 from mcar_lib.runs.records import Prediction, evaluation_id
 
 OpenRuns = Callable[..., Runs]
+PAIRED = comparisons.paired_bootstrap
 Groups = tuple[list[Record], list[Record]]
 
 
@@ -142,6 +143,28 @@ def test_a_comparison_is_found_again(open_runs: OpenRuns, groups: Groups, monkey
     first = compare(open_runs(), *groups)
     monkeypatch.setattr(comparisons, "_scores", None)
     assert compare(open_runs(), *groups) == first
+
+
+def test_a_comparison_read_by_other_definitions_is_made_anew(
+    open_runs: OpenRuns, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(open_runs(), *groups)
+    monkeypatch.setattr(comparisons, "comparison_fingerprint", lambda: "another")
+    computed: list[str] = []
+    monkeypatch.setattr(comparisons, "paired_bootstrap", lambda *given: computed.append("here") or PAIRED(*given))
+    compare(open_runs(), *groups)
+    assert computed == ["here"]
+
+
+def test_scores_that_are_not_those_of_the_record_are_told(
+    runs: Runs, groups: Groups, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(runs, *groups)
+    assert "they were made apart" not in capsys.readouterr().out
+    others = runs.scores(groups[0][1].config)
+    monkeypatch.setattr(runs, "scores", lambda config, epoch: others)
+    compare(runs, groups[0][:1], groups[1])
+    assert "they were made apart, and the interval is of these scores" in capsys.readouterr().out
 
 
 def test_a_swapped_comparison_has_the_other_sign(runs: Runs, groups: Groups) -> None:

@@ -1,6 +1,8 @@
 """Regions against annotated boxes: hand-made cases, plain loops, the model's own regions, and the record of a run."""
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mcar_lib.localisation import (
     ClassRegions,
     Objects,
     annotated_objects,
+    boxes_fingerprint,
     class_maps,
     class_regions,
     measure_overlaps,
@@ -409,3 +412,34 @@ def test_the_gallery_has_the_boxes_and_maps_of_the_model(runs: Runs, tiny_config
     assert entry["boxes"] == found.boxes[1].tolist()
     expected = torch.sigmoid(class_maps(mcar, images)[1][1, chosen])
     torch.testing.assert_close(torch.tensor(entry["cells"]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_record_of_other_boxes_is_made_anew(runs: Runs, tiny_config: RunConfig) -> None:
+    record = measure_regions(runs, tiny_config)
+    assert record["boxes"] == boxes_fingerprint(runs.data(tiny_config).test)
+    (path,) = (runs.local_folder / "regions").glob("*.json")
+    path.write_text(json.dumps({**record, "boxes": "others", "images": 0}))
+    assert measure_regions(runs, tiny_config)["images"] == record["images"]
+
+
+@pytest.mark.parametrize("change", ["corner", "class", "difficult"])
+def test_the_fingerprint_of_boxes_holds_all_of_each(change: str) -> None:
+    kept = Boxes.of([[0, 0, 4, 4]], [0], [False])
+    other = Boxes.of([[0, 0, 4, 5 if change == "corner" else 4]], [int(change == "class")], [change == "difficult"])
+    images = [
+        ImageSet("a", "test", ("cat", "dog"), ("1",), (Path("1"),), torch.zeros(1, 2), lambda _, boxes=boxes: boxes)
+        for boxes in (kept, other)
+    ]
+    assert boxes_fingerprint(images[0]) != boxes_fingerprint(images[1])
+
+
+def test_without_boxes_the_record_holds_the_gallery_alone(
+    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = runs.data(tiny_config)
+    bare = dataclasses.replace(data, scored=dataclasses.replace(data.test, read_boxes=None))
+    monkeypatch.setattr(runs, "data", lambda config=None: bare)
+    record = measure_regions(runs, tiny_config)
+    assert (record["overlap"], record["pointing"], record["objects"]) == ([], [], {})
+    assert [entry["annotated"] for entry in record["gallery"]] == [[]] * 4
+    assert all(entry["boxes"] for entry in record["gallery"])
