@@ -426,7 +426,7 @@ def submit(
     check_output(output)
     runs, config, about = asked.open_checkpoint(checkpoint, release, shown=RELEASED[1:])
     images = load_voc(runs.splits.root_of(dataset), "2012", "test", labelled=False)
-    mcar = load_checkpoint(config, images, checkpoint or _trained_weights(runs, config), release, about)
+    mcar = load_checkpoint(config, images, checkpoint or _trained_weights(runs, config, look=False), release, about)
     runs.splits.check(images)
     scores = evaluate(mcar, runs.splits.squares(images, config.image_size), config.precision, config.seed)
     path = write_voc2012_submission(output, images.ids, images.classes, scores.fused)
@@ -471,8 +471,8 @@ def data(
 # What commands share -------------------------------------------------------------------------------------------------
 
 
-def _record_of(runs: "Runs", config: "RunConfig") -> "Record":
-    record = runs.find(config)
+def _record_of(runs: "Runs", config: "RunConfig", look: bool = True) -> "Record":
+    record = runs.find(config, look)
     if record is None:
         raise ResultsError(
             f"there is no current record of {config.label} with this data and these weights; "
@@ -481,11 +481,11 @@ def _record_of(runs: "Runs", config: "RunConfig") -> "Record":
     return record
 
 
-def _trained_weights(runs: "Runs", config: "RunConfig") -> Path:
+def _trained_weights(runs: "Runs", config: "RunConfig", look: bool = True) -> Path:
     """The weights file of a run that was trained before; its data need not be here."""
     from mcar_lib.runs.trainer import arithmetic_fingerprint
 
-    keys = {**_record_of(runs, config).content["keys"], "arithmetic": arithmetic_fingerprint()}
+    keys = {**_record_of(runs, config, look).content["keys"], "arithmetic": arithmetic_fingerprint()}
     path = runs.outcome(config, keys).weights
     if not path.is_file():
         raise WeightsError(f"{path}: the weights of this run are not on this machine; name some with --checkpoint FILE")

@@ -108,7 +108,7 @@ def test_shipped_profiles() -> None:
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"no profile 'maxi'; choose one of mini, paper, photos, photos-coco, smoke, or"
+        ConfigError, match=r"'maxi': no such profile; choose one of mini, paper, photos, photos-coco, smoke, or"
     ):
         load_profile("maxi")
 
@@ -124,7 +124,7 @@ def test_a_profile_of_one_s_own_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "right", "message"),
     [
-        ("seeds = [0", "seeds = [0]", "own.toml: not valid TOML"),
+        ("seeds = [0", "seeds = [0]", "own.toml: expected valid TOML"),
         ("sedes = [0]", "seeds = [0]", "own.toml: .*seeds: Field required; sedes: Extra inputs"),
         ('seeds = ["0"]', "seeds = [0]", "own.toml: seeds.0: .* valid integer"),
         ('epochs = "1"', "epochs = 1", "own.toml: run.epochs: .* valid integer"),
@@ -142,7 +142,7 @@ def test_a_wrong_profile_is_refused_with_file_and_key(tmp_path: Path, wrong: str
 
 def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_bytes(GOOD_PROFILE.encode("utf-16"))
-    with pytest.raises(ConfigError, match=r"own\.toml: not valid TOML"):
+    with pytest.raises(ConfigError, match=r"own\.toml: expected valid TOML"):
         load_profile(str(tmp_path / "own.toml"))
 
 

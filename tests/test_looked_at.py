@@ -230,9 +230,9 @@ def test_a_data_root_that_holds_nothing_of_any_profile_stays_an_error(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"profile": 3}, "profile is 3; give it as text"),
-        ({"data_root": True}, "data_root is True; give it as text"),
-        ({"data_root": ["photos"]}, "data_root is .'photos'.; give it as text"),
+        ({"profile": 3}, "profile 3: a profile is named by a text"),
+        ({"data_root": True}, "True is not a path"),
+        ({"data_root": ["photos"]}, ".'photos'. is not a path"),
     ],
 )
 def test_a_parameter_of_another_type_is_told(values: dict[str, object], message: str) -> None:
