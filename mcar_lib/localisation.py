@@ -26,6 +26,7 @@ from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.records import RECORD_FORMAT
 from mcar_lib.runs.runs import Runs
 from mcar_lib.training import network_input
+from mcar_lib.training.loop import check_settings
 
 SIZES = {"small": (0.0, 0.2), "medium": (0.2, 0.5), "large": (0.5, float("inf"))}
 """Bins of an object's relative size, the square root of its share of the image's area; each holds its lower end."""
@@ -260,6 +261,7 @@ def measure_regions(runs: Runs, config: RunConfig) -> Mapping[str, Any]:
     run_id = runs.run(config).run_id
 
     def measured() -> dict[str, Any]:
+        check_settings()
         test = runs.data(config).test
         found = _measured(runs.trained_model(config), runs.splits.squares(test, config.image_size))
         names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "data": test.title}

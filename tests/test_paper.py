@@ -191,9 +191,13 @@ def published_trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# Each data set, backbone and input size at least once: the others differ from these in nothing that could not run.
+TRIED = (*(name for name in PAPER.rows if "mobilenet" in name), "voc2007-resnet50-256", "voc2012-resnet101-448")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER.rows)
-def test_two_steps_and_one_test_batch_of_each_row_run(name: str, published_trees: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*TRIED, "coco2014-resnet101-576"])
+def test_two_steps_and_one_test_batch_of_a_row_run(name: str, published_trees: Path, tmp_path: Path) -> None:
     """Its own backbone, input size and number of regions; one image a batch, no download, and no bf16, which some
     processors only emulate."""
     runs = Runs(PAPER, tmp_path / "results", published_trees, tmp_path / "artifacts", verbose=False)

@@ -377,6 +377,14 @@ def test_a_batch_that_two_processes_cannot_share_ends_the_job_before_it_begins(t
     assert [path.name for path in tmp_path.iterdir()] == ["smoke.toml"]
 
 
+def is_running(process: int) -> bool:
+    """Not ended, nor waiting as a zombie for somebody to look (Linux)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def processes_of(starter: int) -> list[int]:
     """The processes that a process has started and that run (Linux)."""
     found = []
@@ -402,7 +410,7 @@ def test_what_is_left_of_a_run_ends_soon_with_one_sentence(killed: str, tmp_path
     assert done.err.count("the same command goes on from here") == 1
     ours = [line for line in done.err.splitlines() if "mcar_lib/" in line and line.strip().startswith("File")]
     assert ours == []
-    assert not any(Path(f"/proc/{each}").exists() for each in left)
+    assert not any(is_running(each) for each in left)
 
 
 @pytest.mark.slow
