@@ -38,6 +38,11 @@ class TrainingError(MCARError):
     """Training cannot go on, for example because the loss is no longer a number."""
 
 
+def reason_of(error: Exception) -> str:
+    """What another library's error says, in one line of at most 200 characters; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 def printable(text: str) -> str:
     """Text that a terminal can show as it is: control and invisible characters, and bytes that are no text, as their
     escapes; line ends and tabs stay. Names of files and classes may hold anything."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcar_lib.errors import ConfigError, MCARError, ResultsError
+from mcar_lib.errors import ConfigError, MCARError, ResultsError, reason_of
 
 PACKAGE = Path(__file__).resolve().parent
 DISTRIBUTION = 'name = "mcar-lib"'  # a line of this project's pyproject.toml
@@ -201,8 +201,7 @@ def reading(path: Path | str, expected: str, kind: type[MCARError] = ResultsErro
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # what a parser raises for a broken file is anybody's guess
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise kind(f"{path}: expected {expected}, but it cannot be read as that ({reason})") from error
+        raise kind(f"{path}: expected {expected}, but it cannot be read as that ({reason_of(error)})") from error
 
 
 def made_folder(folder: Path, advice: str = "choose another --results folder") -> Path:

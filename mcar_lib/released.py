@@ -154,12 +154,17 @@ def load_released(name_or_path: str | Path) -> ReleasedModel:
 def read_header(path: Path) -> Header | None:
     """What the header of an exported file says; None for a file of any other kind. Raises WeightsError where it is
     wrong."""
+    metadata = _metadata(path)
+    return _header(path, _about(path, metadata)) if METADATA in metadata else None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a .safetensors file; none for a file that cannot be read as one."""
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-    except Exception:  # a torch file, or none that can be read: the reader of its weights says so
-        return None
-    return _header(path, _about(path, metadata)) if METADATA in metadata else None
+            return stored.metadata() or {}
+    except Exception:  # a torch file, or a broken one: the reader of its weights says so
+        return {}
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -203,11 +208,7 @@ def check_output(path: Path) -> None:
 
 
 def _is_model(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return METADATA in (stored.metadata() or {})
-    except Exception:  # whatever it is, it is another's
-        return False
+    return METADATA in _metadata(path)
 
 
 def _is_card(path: Path) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ConfigError
-from mcar_lib.files import write_atomically
+from mcar_lib.files import write_bytes
 
 FOLDER = "results/VOC2012/Main"
 COMPRESSION = 9
@@ -39,7 +39,7 @@ def write_voc2012_submission(
     column = {name: number for number, name in enumerate(classes)}
     values = scores.numpy() if scores.is_floating_point() and scores.dtype.itemsize >= 4 else scores.float().numpy()
     texts = {name: _score_file(image_ids, values[:, column[name]]) for name in VOC_CLASSES}
-    write_atomically(path, lambda partial: partial.write_bytes(_archive(texts)), advice="choose another --output")
+    write_bytes(path, _archive(texts), advice="choose another --output")
     return path
 
 

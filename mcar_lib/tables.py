@@ -139,9 +139,10 @@ class Generated:
 def own_files(results: Path, written: Collection[str] = ()) -> list[str]:
     """Files beside the tables and figures of the folder results that no notebook has written, as results/..."""
     found = []
+    noted = {folder: Generated(folder).hashes() for folder in results.glob("*")}
     for kind in ("tables", "figures"):
         for path in sorted(results.glob(f"*/{kind}/*")):
-            name, known = str(path.relative_to(results.parent)), Generated(path.parent.parent).hashes()
+            name, known = str(path.relative_to(results.parent)), noted[path.parent.parent]
             if path.name[0] != "." and name not in written and f"{kind}/{path.name}" not in known:
                 found.append(name)
     return found

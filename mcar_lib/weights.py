@@ -23,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 from mcar_lib.errors import CheckpointError, WeightsError
-from mcar_lib.files import reading
+from mcar_lib.files import file_hash, reading
 
 StateDict = Mapping[str, Tensor]
 # Where checkpoints hold their weights, if not at the top.
@@ -97,7 +97,7 @@ class Source:
         path = self.file(weights)
         if path is None:
             return f"{weights}:{self.backbone}"
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return file_hash(path)[:16]
 
     def fill(self, features: nn.Module, weights: str) -> None:
         """Puts the weights into a feature extractor; raises WeightsError if they cannot be had or do not fit."""

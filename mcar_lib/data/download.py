@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from mcar_lib.data.unpacking import full_disk_is_told, require_space, unpack
 from mcar_lib.data.voc import VOC_OFFICIAL_SIZES
 from mcar_lib.errors import ConfigError, DataError, ResultsError
-from mcar_lib.files import read_json, write_atomically
+from mcar_lib.files import read_json, write_bytes
 from mcar_lib.progress import Progress, say
 
 DOWNLOADS = "downloads"
@@ -151,8 +151,7 @@ class _Place:
 
     def note(self, **known: Any) -> None:
         text = json.dumps(self.receipt | known, indent=1) + "\n"
-        advice = "choose another --data-root"
-        write_atomically(self.receipt_path, lambda path: path.write_text(text, encoding="utf-8"), DataError, advice)
+        write_bytes(self.receipt_path, text.encode(), DataError, "choose another --data-root")
 
     def get(self, keep: bool, pause: Callable[[float], None]) -> None:
         """Unpacks the archive, fetched if need be; one that was here stays, right or wrong."""

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mcar_lib.errors import DataError
+from mcar_lib.errors import DataError, reason_of
 
 T = TypeVar("T")
 Photo = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -265,7 +265,7 @@ def _reason(error: Exception) -> str:
     """Why an image could not be read, in one line; Pillow names the buffer that it was given, which says nothing."""
     if isinstance(error, UnidentifiedImageError):
         return "its first bytes are damaged, or it is empty"
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return reason_of(error)
 
 
 def _pixels(image: Image.Image, upright: bool) -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mcar_lib.data.preparation import Problems
-from mcar_lib.errors import DataError
+from mcar_lib.errors import DataError, reason_of
 from mcar_lib.progress import say
 
 # A split is there when its list is: lists are moved into place after the photos that they name.
@@ -41,8 +41,9 @@ def unpack(archive: Path, root: Path) -> int:
     except OSError as error:
         raise DataError(f"{archive}: cannot be unpacked into {root} ({error})") from error
     except Exception as error:  # what a damaged or encrypted archive makes the two libraries raise is anybody's guess
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise DataError(f"{archive}: damaged or not an archive ({reason}); delete it and fetch it again") from error
+        raise DataError(
+            f"{archive}: damaged or not an archive ({reason_of(error)}); delete it and fetch it again"
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

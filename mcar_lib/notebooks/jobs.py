@@ -4,7 +4,6 @@ A notebook finds or trains its runs and writes its own tables and figures, so ea
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 import shutil
@@ -18,11 +17,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from mcar_lib.errors import MCARError, ResultsError
-from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, write_atomically, write_json
+from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, write_bytes, write_json
 from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
 from mcar_lib.runs import Record, Runs, load_profile, read_records
-from mcar_lib.runs.records import RECORD_FORMAT, following
+from mcar_lib.runs.records import RECORD_FORMAT, following, runs_of
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
 if TYPE_CHECKING:
@@ -216,9 +215,9 @@ def publish(profile: str, artifacts: Path | None = None) -> None:
 def _replace_records(target: Path, files: Sequence[Path], profile: str) -> list[Path]:
     """Puts copies of records in place of a folder's records; returns what else lies there."""
     for path in files:
-        write_atomically(target / path.name, functools.partial(shutil.copyfile, path))
+        write_bytes(target / path.name, path.read_bytes())
     earlier = [path for path in sorted(target.glob("*")) if path.name not in {file.name for file in files}]
-    others = [path for path in earlier if not _runs_of(path, profile)]
+    others = [path for path in earlier if not _is_record(path, profile)]
     for path in earlier:
         if path not in others:
             path.unlink()
@@ -227,15 +226,14 @@ def _replace_records(target: Path, files: Sequence[Path], profile: str) -> list[
     return others
 
 
-def _runs_of(path: Path, profile: str) -> set[str]:
-    """The runs that a record of this profile is of; none for a file that is no such record."""
+def _is_record(path: Path, profile: str) -> bool:
+    """Whether a file is a record of runs of this profile."""
     try:
         content = read_json(path)
-        runs = content["runs"] if "runs" in content else [content["run_id"]]
         is_ours = content.get("format", RECORD_FORMAT) == RECORD_FORMAT and content.get("profile", profile) == profile
-        return set(map(str, runs)) if is_ours else set()
+        return is_ours and len(runs_of(content)) > 0
     except (ResultsError, KeyError, TypeError):
-        return set()
+        return False
 
 
 def _name_own(files: Sequence[str]) -> None:

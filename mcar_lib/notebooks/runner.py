@@ -37,8 +37,8 @@ def run_notebook(
     """Runs a notebook and prints what it prints; returns DONE, LEFT_OUT or FAILED.
 
     values: for those of its parameters that have these names. named: folder -> folder that is named in its place in
-    what is printed. Its output appears when whole; as *.failed.ipynb if it
-    failed. It is left out where the profile has no values for what it shows (NotInProfileError).
+    what is printed. Its output appears when whole; as *.failed.ipynb if it failed. It is left out where the profile has
+    no values for what it shows (NotInProfileError).
     """
     import papermill
 

@@ -24,8 +24,8 @@ from mcar_lib.runs.measures import by_stream, count_macs, stream_metrics
 from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.records import RECORD_FORMAT, Failure, Prediction, Record, Value, evaluation_id
 from mcar_lib.runs.runs import Runs
-from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, cpu_threads
-from mcar_lib.training import StreamScores, evaluate
+from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model
+from mcar_lib.training import StreamScores
 
 SIGNIFICANT = 0.05
 SAME_MAP = 1e-6  # difference in mAP, a fraction, that the scores of a record may have from it
@@ -66,10 +66,9 @@ def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) ->
 
     def score() -> tuple[StreamScores, float]:
         mcar = runs.trained_model(config, **changes)
-        squares, started = runs.splits.squares(runs.data(config).test, config.image_size), time.monotonic()
-        with cpu_threads(runs.profile.threads):
-            scores = evaluate(mcar, squares, config.precision, config.seed, runs.verbose)
-        return scores, time.monotonic() - started
+        runs.splits.squares(runs.data(config).test, config.image_size)  # read before the clock starts
+        started = time.monotonic()
+        return runs.evaluated(config, mcar), time.monotonic() - started
 
     shape = tuple(runs.data(config).test.targets.shape)
     return runs.trained(config).scores_of(evaluation_id("", changes), shape, score)

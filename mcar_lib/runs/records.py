@@ -179,10 +179,11 @@ def kept(
 def following(folder: Path, runs: Sequence[str]) -> list[Path]:
     """The records in a folder, results/<profile>/<kind>, that follow from these runs and no others."""
     contents = ((path, read_kept(path, folder.name)) for path in _record_files(folder))
-    return [path for path, content in contents if content and set(runs) >= set(_runs_of(content))]
+    return [path for path, content in contents if content and set(runs) >= set(runs_of(content))]
 
 
-def _runs_of(content: Mapping[str, Any]) -> Sequence[str]:
+def runs_of(content: Mapping[str, Any]) -> Sequence[str]:
+    """The ids of the runs that a record is of."""
     found: Sequence[str] = content["runs"] if "runs" in content else [content["run_id"]]
     return found
 

@@ -72,11 +72,9 @@ class Runs:
 
     def keys(self, config: RunConfig) -> dict[str, str]:
         """Today's fingerprints of everything that a run of this configuration depends on."""
-        data = self.data(config)
         return {
             "arithmetic": arithmetic_fingerprint(),
-            "train_data": data.train_fingerprint,
-            "test_data": data.test_fingerprint,
+            **self.data(config).keys,
             "weights": weights_fingerprint(config.backbone, config.weights),
         }
 
@@ -118,8 +116,7 @@ class Runs:
             why = error if config.dataset == "scenes" else f"{config.dataset}: no data root was named that holds it"
             unseen.append(f"{why}; its records are shown without a look at the data")
         else:
-            data = self.data(config)
-            keys |= {"train_data": data.train_fingerprint, "test_data": data.test_fingerprint}
+            keys |= self.data(config).keys
         try:
             keys["weights"] = weights_fingerprint(config.backbone, config.weights)
         except WeightsError as error:
@@ -219,17 +216,17 @@ class Runs:
                     self._train_again(config, outcome)
                 else:
                     say(f"the scores of {config.label} are not on this machine; scoring its weights")
-                    last = self._score(config, outcome)
+                    mcar = load_model(config, shape[1], outcome.weights).eval()
+                    last = self.evaluated(config, mcar)
                     outcome.save_scores(last, last if last_is_best else None)
             found = outcome.scores(epoch, shape)
         assert found is not None
         return found
 
-    def _score(self, config: RunConfig, outcome: Outcome) -> StreamScores:
-        test = self.data(config).test
-        mcar = load_model(config, len(test.classes), outcome.weights).eval()
+    def evaluated(self, config: RunConfig, mcar: MCAR) -> StreamScores:
+        """Scores that a model has on a run's test images, computed as the run's own were."""
+        squares = self.splits.squares(self.data(config).test, config.image_size)
         with cpu_threads(self.profile.threads):
-            squares = self.splits.squares(test, config.image_size)
             return evaluate(mcar, squares, config.precision, config.seed, self.verbose)
 
     # Records that follow from runs ----------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ class Data:
     test_fingerprint: str
 
     @property
+    def keys(self) -> dict[str, str]:
+        """Both fingerprints, as the keys of a run name them."""
+        return {"train_data": self.train_fingerprint, "test_data": self.test_fingerprint}
+
+    @property
     def test(self) -> ImageSet:
         """The test images; raises DataError where nothing can be scored."""
         if self.scored is None:

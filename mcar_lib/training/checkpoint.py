@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mcar_lib.errors import CheckpointError
+from mcar_lib.errors import CheckpointError, reason_of
 from mcar_lib.files import OTHER_ARTIFACTS, check_zip, reading, write_bytes
 from mcar_lib.model import MCAR
 from mcar_lib.progress import say
@@ -156,8 +156,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             try:
                 return path, _read(path)
             except Exception as error:  # a cut or damaged file raises zip, pickle or IO errors alike
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                say(f"{path} cannot be read ({reason}); going on from what there is before it")
+                say(f"{path} cannot be read ({reason_of(error)}); going on from what there is before it")
     return None
 
 
