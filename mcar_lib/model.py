@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD, STRIDE, Triple, build_backbone
 from mcar_lib.errors import ConfigError
 from mcar_lib.regions import (
+    BOX_SOURCES,
+    BoxSource,
     Regions,
     Selection,
     attentional_regions,
     check_num_regions,
     check_selection,
     check_threshold,
+    control_boxes,
     crop_regions,
 )
 from mcar_lib.weights import load_release_checkpoint as load_release_checkpoint
@@ -51,7 +54,8 @@ class MCAR(nn.Module):
     """The two-stream model. Over its backbone it has only the 1x1 convolution's C * K + K parameters.
 
     features: (B, 3, H, W) -> (B, num_features, H/32, W/32). local_stream=False is the global-only baseline: the same
-    code with the second stream off. generator: for selection "random" only. mean, std: by channel, the normalisation
+    code with the second stream off. box_source: boxes other than the module's own (see regions.control_boxes).
+    generator: for what is drawn at random only. mean, std: by channel, the normalisation
     of the images that the backbone was trained with (see data.transforms.network_input); they travel with the model.
     Raises ConfigError on a bad pooling, N, tau or selection.
     Source: the paper's method; logits in place of sigmoids (max and sigmoid commute), which is safe in bf16.
@@ -67,6 +71,7 @@ class MCAR(nn.Module):
         threshold: float = 0.5,
         selection: Selection = "top",
         local_stream: bool = True,
+        box_source: BoxSource = "maps",
         generator: torch.Generator | None = None,
         mean: Triple = IMAGENET_MEAN,
         std: Triple = IMAGENET_STD,
@@ -74,6 +79,8 @@ class MCAR(nn.Module):
         super().__init__()
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if box_source not in BOX_SOURCES:
+            raise ConfigError(f"box_source is {box_source!r}; choose one of {', '.join(BOX_SOURCES)}")
         check_selection(selection)
         check_num_regions(num_regions, num_classes)
         check_threshold(threshold)
@@ -83,6 +90,7 @@ class MCAR(nn.Module):
         self.num_regions = num_regions
         self.threshold = threshold
         self.selection: Selection = selection
+        self.box_source: BoxSource = box_source
         self.local_stream = local_stream
         self.generator = generator
         self.mean, self.std = mean, std
@@ -131,7 +139,8 @@ class MCAR(nn.Module):
             self.selection,
             self.generator,
         )
-        return found._replace(scores=torch.sigmoid(found.scores))
+        boxes = control_boxes(found.boxes, self.box_source, (int(image_size[0]), int(image_size[1])), self.generator)
+        return found._replace(boxes=boxes, scores=torch.sigmoid(found.scores))
 
 
 def mcar_loss(output: Output, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -150,7 +159,8 @@ def build_mcar(
 ) -> MCAR:
     """An MCAR model over a named backbone (see mcar_lib.backbones) with that backbone's mean and std.
 
-    options: pooling, num_regions, threshold, selection, local_stream, generator, as MCAR takes them. seed: of all that
+    options: pooling, num_regions, threshold, selection, box_source, local_stream, generator, as MCAR takes them. seed: of
+    all that
     is drawn; None leaves torch's own state. The classifier is drawn alike over any starting weights.
     """
     if seed is not None:
@@ -158,7 +168,7 @@ def build_mcar(
     built = build_backbone(backbone, weights)
     if seed is not None:
         torch.manual_seed(seed)  # the classifier's do not depend on how many numbers the backbone took
-    if options.get("selection") == "random":
+    if options.get("selection") == "random" or options.get("box_source") == "random boxes":
         options.setdefault("generator", torch.Generator())
     return MCAR(built.features, built.num_features, num_classes, mean=built.mean, std=built.std, **options)
 

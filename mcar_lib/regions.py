@@ -16,6 +16,8 @@ from mcar_lib.errors import ConfigError
 
 Selection = Literal["top", "bottom", "random"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+BoxSource = Literal["maps", "other photo", "corners", "random boxes"]
+BOX_SOURCES: tuple[BoxSource, ...] = get_args(BoxSource)
 
 # An interval covers at least an eighth of its side, and the middle three quarters when nothing can be localised.
 MARGIN = 0.125
@@ -152,6 +154,34 @@ def attentional_regions(
     y = locate_intervals(py.flatten(0, 1), threshold).view(*classes.shape, 2)
     boxes = torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)  # (B, N, 4)
     return Regions(boxes, classes, scores.gather(1, classes))
+
+
+@torch.no_grad()
+def control_boxes(
+    boxes: Tensor, source: BoxSource, image_size: tuple[int, int], generator: torch.Generator | None = None
+) -> Tensor:
+    """Boxes (B, N, 4) in place of the module's, to ask what a second look gains that is not at the image's own regions.
+
+    source: "other photo": the boxes of the next image of the batch; "corners": the four corner windows of three
+    quarters of each side, then the middle one, then again from the first; "random boxes": corners drawn uniformly,
+    sides of at least an eighth. "maps" leaves them.
+    Source: this project's; the paper has no such control.
+    """
+    if source == "maps":
+        return boxes
+    if source == "other photo":
+        return boxes.roll(-1, 0)
+    size = torch.tensor(image_size[::-1], device=boxes.device)  # W, H
+    if source == "corners":
+        sixteenth = torch.tensor([[0, 0], [4, 0], [0, 4], [4, 4], [2, 2]], device=boxes.device)  # x, y of the windows
+        low = sixteenth[torch.arange(boxes.shape[1], device=boxes.device) % 5] * size // 16
+        return torch.cat((low, low + size * 12 // 16), dim=-1).expand_as(boxes)
+    drawn_on = boxes.device if generator is None else generator.device
+    drawn = torch.rand((2, *boxes.shape[:2], 2), generator=generator, device=drawn_on).to(boxes.device)
+    least = -(-size // 8)
+    length = least + (drawn[0] * (size - least + 1)).long().minimum(size - least)
+    low = (drawn[1] * (size - length + 1)).long().minimum(size - length)
+    return torch.cat((low, low + length), dim=-1)
 
 
 def check_num_regions(num_regions: int, num_classes: int) -> None:

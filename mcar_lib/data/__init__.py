@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mcar_lib.data.coco import load_coco
 from mcar_lib.data.image_set import Boxes, ImageSet, read_image
@@ -32,12 +32,17 @@ __all__ = [
 
 SPLITS = ("train", "test")
 """The published protocol: train on trainval (VOC) or train2014 (COCO), score test or val2014."""
+ScoredOn = Literal["test", "val"]
 
 
-def load_image_set(name: str, split: str, root: Path | str, **options: object) -> ImageSet:
+def load_image_set(
+    name: str, split: str, root: Path | str, scored_on: ScoredOn = "test", **options: object
+) -> ImageSet:
     """Load the split "train" or "test" of a data set of DATA_SETS.
 
     root: where the data is; for "scenes" the folder in which scenes are written if they are not there yet.
+    scored_on: "val" trains on the official train list and scores the val list, so that nothing is chosen on the test
+    images.
     options: scenes: num_train, num_test, side, seed. table: csv, image_root, classes (a list). The others take none.
     Raises ConfigError for an unknown name, split or option or an option of a wrong type, DataError for data that is
     missing or wrong.
@@ -48,13 +53,24 @@ def load_image_set(name: str, split: str, root: Path | str, **options: object) -
         raise ConfigError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     known = DATA_SETS[name]
     check_options(name, options)
+    splits = splits_of(name, scored_on)
     root = Path(root).expanduser()
     if known.expected and not root.exists():
         raise DataError(
             f"{root}: no such data root. Expected {known.expected} in it. "
             "Name the place of the data with --data-root or MCAR_DATA"
         )
-    return known.load(root, split=known.splits[split], **options)
+    return known.load(root, split=splits[split], **options)
+
+
+def splits_of(name: str, scored_on: ScoredOn = "test") -> Mapping[str, str]:
+    """The data set's own names of "train" and "test"; raises ConfigError where it has no validation list."""
+    if scored_on == "test":
+        return DATA_SETS[name].splits
+    if not DATA_SETS[name].tuning:
+        have = ", ".join(each for each, known in DATA_SETS.items() if known.tuning)
+        raise ConfigError(f"data set {name} has no validation split (scored_on = 'val'); {have} have one")
+    return DATA_SETS[name].tuning
 
 
 def check_options(name: str, options: Mapping[str, object]) -> None:
@@ -109,6 +125,7 @@ class DataSet:
     expected: str  # what has to be in its root; nothing for scenes, which are written there
     # Its options: what each should be, in words and as a test of a value.
     options: Mapping[str, tuple[str, Callable[[object], bool]]] = field(default_factory=dict)
+    tuning: Mapping[str, str] = field(default_factory=dict)  # as splits, where values are chosen: scored on val
 
 
 def _is_whole_number(value: object) -> bool:
@@ -124,12 +141,19 @@ def _is_list_of_names(value: object) -> bool:
 
 
 VOC_SPLITS = {"train": "trainval", "test": "test"}
+VOC_TUNING = {"train": "train", "test": "val"}
 COCO_SPLITS = {"train": "train2014", "test": "val2014"}
 WHOLE = "a whole number", _is_whole_number
 DATA_SETS: Mapping[str, DataSet] = {
-    "scenes": DataSet(_load_scenes, VOC_SPLITS, "", dict.fromkeys(("num_train", "num_test", "side", "seed"), WHOLE)),
-    "voc2007": DataSet(partial(load_voc, year="2007"), VOC_SPLITS, "VOCdevkit/VOC2007"),
-    "voc2012": DataSet(partial(load_voc, year="2012"), VOC_SPLITS, "VOCdevkit/VOC2012"),
+    "scenes": DataSet(
+        _load_scenes,
+        VOC_SPLITS,
+        "",
+        dict.fromkeys(("num_train", "num_test", "side", "seed"), WHOLE),
+        tuning=VOC_TUNING,
+    ),
+    "voc2007": DataSet(partial(load_voc, year="2007"), VOC_SPLITS, "VOCdevkit/VOC2007", tuning=VOC_TUNING),
+    "voc2012": DataSet(partial(load_voc, year="2012"), VOC_SPLITS, "VOCdevkit/VOC2012", tuning=VOC_TUNING),
     "coco2014": DataSet(
         load_coco, COCO_SPLITS, "train2014, val2014, annotations/instances_train2014.json and instances_val2014.json"
     ),

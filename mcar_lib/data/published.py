@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcar_lib.data import COCO_SPLITS, SPLITS, VOC_SPLITS, load_image_set
+from mcar_lib.data import COCO_SPLITS, SPLITS, VOC_SPLITS, ScoredOn, load_image_set
 from mcar_lib.data.coco import COCO_OFFICIAL_SIZES
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.preparation import Checked, counted, doubts_together, first_of
@@ -56,14 +56,14 @@ def load_what_is_there(name: str, split: str, root: Path, **options: object) -> 
     return load_image_set(name, split, root, **options)
 
 
-def load_scored_split(name: str, root: Path, **options: object) -> ImageSet | None:
-    """The split that a run is scored on: the test split, but None for VOC2012, whose test labels only a server has.
+def load_scored_split(name: str, root: Path, scored_on: ScoredOn = "test", **options: object) -> ImageSet | None:
+    """The split that a run is scored on; None for the test split of VOC2012, whose labels only a server has.
 
     It is None whether the photos are there or not; where somebody has put label files beside them, they are scored.
     """
-    if name == "voc2012" and not _has_voc2012_test_labels(root):
+    if name == "voc2012" and scored_on == "test" and not _has_voc2012_test_labels(root):
         return None
-    return load_image_set(name, "test", root, **options)
+    return load_image_set(name, "test", root, scored_on, **options)
 
 
 def _has_voc2012_test_labels(root: Path) -> bool:

@@ -1,6 +1,7 @@
 """From a stored photo to the network input, as in the release: square resize, flip, jitter."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,16 +23,22 @@ def resize_square(image: Tensor, size: int) -> Tensor:
     return functional.resize(image, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
-def augment(image: Tensor, generator: torch.Generator, flip: bool = True, jitter: float = 0.3) -> Tensor:
-    """Random horizontal flip (p = 0.5) and colour jitter of one training image.
+def augment(
+    image: Tensor, generator: torch.Generator, flip: bool = True, jitter: float = 0.3, crop_area: float = 1.0
+) -> Tensor:
+    """Random horizontal flip (p = 0.5), colour jitter and random resized crop of one training image.
 
     image: uint8 (3, S, S) -> uint8 (3, S, S). Brightness, contrast and saturation are each scaled by a factor
-    that is uniform in [max(0, 1 - jitter), 1 + jitter], in random order, as torchvision's ColorJitter does.
-    Every random number comes from `generator`, and always as many of them, for any `flip` and `jitter`.
+    that is uniform in [max(0, 1 - jitter), 1 + jitter], in random order, as torchvision's ColorJitter does. With
+    crop_area below 1 a window of crop_area to all of the area, uniform, and of an aspect of 3/4 to 4/3, uniform in its
+    logarithm, is resized to the square, as torchvision's RandomResizedCrop does; a side that would be too long is cut.
+    Every random number comes from `generator`; flip and jitter do not depend on one another or on the crop.
     """
     coin = torch.rand((), generator=generator).item()
     order = torch.randperm(3, generator=generator).tolist()
     uniform = torch.rand(3, generator=generator).tolist()
+    if crop_area < 1:
+        image = functional.resized_crop(image, *_window(image.shape[-1], crop_area, generator), list(image.shape[-2:]))
     if flip and coin < 0.5:
         image = functional.horizontal_flip(image)
     if jitter == 0:
@@ -41,6 +48,14 @@ def augment(image: Tensor, generator: torch.Generator, flip: bool = True, jitter
     for which in order:
         image = adjusts[which](image, low + (high - low) * uniform[which])
     return image
+
+
+def _window(size: int, crop_area: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random window of a square."""
+    area, aspect, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    area, ratio = crop_area + (1 - crop_area) * area, (3 / 4) ** (1 - 2 * aspect)
+    height, width = (min(size, max(1, round(size * math.sqrt(area * each)))) for each in (1 / ratio, ratio))
+    return round(down * (size - height)), round(right * (size - width)), height, width
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mcar_lib import backbones
-from mcar_lib.data import DATA_SETS
+from mcar_lib.data import DATA_SETS, ScoredOn
 from mcar_lib.errors import ConfigError, NotInProfileError
 from mcar_lib.files import reading, user_path
 from mcar_lib.model import Pooling, check_image_size
-from mcar_lib.regions import Selection, check_threshold
+from mcar_lib.regions import BoxSource, Selection, check_threshold
 from mcar_lib.training import Recipe
 
 BASELINE, METHOD = "global baseline", "MCAR"
@@ -22,7 +22,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class RunConfig(Recipe):
-    """One run: a data set, a model and how it is trained. Unknown keys, wrong types, impossible values are errors."""
+    """One run: a data set, a model and how it is trained. Unknown keys, wrong types, impossible values are errors.
+
+    scored_on: "test" is the published protocol; "val" trains on the train list and scores the val list, to choose
+    values there. box_source: see mcar_lib.regions.
+    """
 
     dataset: str = "scenes"
     data_options: dict[str, int | str | tuple[str, ...]] = Field(default_factory=dict)
@@ -33,7 +37,9 @@ class RunConfig(Recipe):
     num_regions: Annotated[int, Field(ge=1)] = 4
     threshold: float = 0.5
     selection: Selection = "top"
+    box_source: BoxSource = "maps"
     local_stream: bool = True
+    scored_on: ScoredOn = "test"
 
     @field_validator("dataset")
     @classmethod
@@ -83,8 +89,11 @@ class RunConfig(Recipe):
             parts += [f"N{self.num_regions}"]
             parts += [f"tau{self.threshold:g}"] if self.threshold != 0.5 else []
             parts += [self.selection] if self.selection != "top" else []
+            parts += [self.box_source.replace(" ", "-")] if self.box_source != "maps" else []
         else:
             parts += ["global"]
+        parts += [f"crop{self.crop_area:g}"] if self.crop_area < 1 else []
+        parts += [self.scored_on] if self.scored_on != "test" else []
         return "-".join([*parts, f"s{self.seed}"])
 
 

@@ -67,7 +67,7 @@ class Splits:
 
     def of(self, config: RunConfig) -> Data:
         """Both splits of a configuration's data set, every file checked. Scenes are written first if need be."""
-        key = json.dumps([config.dataset, config.data_options], sort_keys=True)
+        key = json.dumps([config.dataset, config.scored_on, config.data_options], sort_keys=True)
         if key not in self._data:
             self._data[key] = processes.main_first(lambda: self._read(config))
         return self._data[key]
@@ -92,8 +92,8 @@ class Splits:
 
     def _read(self, config: RunConfig) -> Data:
         root = self.place_of(config)
-        train = load_image_set(config.dataset, "train", root, **config.data_options)
-        test = load_scored_split(config.dataset, root, **config.data_options)
+        train = load_image_set(config.dataset, "train", root, config.scored_on, **config.data_options)
+        test = load_scored_split(config.dataset, root, config.scored_on, **config.data_options)
         found = [(images, self.check(images)) for images in (train, test) if images is not None]
         if self.verbose and speaks():
             _tell_doubts(found, test)

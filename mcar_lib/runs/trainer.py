@@ -41,6 +41,7 @@ def build_model(config: RunConfig, num_classes: int, weights: str | None = None)
         threshold=config.threshold,
         selection=config.selection,
         local_stream=config.local_stream,
+        box_source=config.box_source,
     )
 
 
@@ -81,7 +82,9 @@ def score_weights(
 ) -> dict[str, Any]:
     """The metrics of weights from a file on a configuration's test split, which alone is read; as records have them.
     about: as for load_checkpoint."""
-    test = load_image_set(config.dataset, "test", splits.root_of(config.dataset), **config.data_options)
+    test = load_image_set(
+        config.dataset, "test", splits.root_of(config.dataset), config.scored_on, **config.data_options
+    )
     mcar = load_checkpoint(config, test, path, release, about)
     scores = evaluate(mcar, splits.squares(test, config.image_size), config.precision, config.seed, splits.verbose)
     return stream_metrics(scores, test)

@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     learning_rate is the 1x1 convolution's (the peak of a one-cycle schedule), backbone_factor times it the backbone's.
     milestones (epochs) and gamma belong to schedule "step"; warmup (fraction of all steps) to "onecycle".
     statistics_batch: how many images, with their crops, share batch statistics; 0 is the whole batch, the release's
-    four GPUs had 4 each.
+    four GPUs had 4 each. crop_area: the least share of a photo's area that random resized crops keep; 1 crops nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -48,6 +48,7 @@ class Recipe(BaseModel):
     statistics_batch: Annotated[int, Field(ge=0)] = 0
     flip: bool = True
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -103,7 +104,7 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         generator = sample_generator(self.recipe.seed, self.epoch, index)
-        image = augment(self.images[index], generator, self.recipe.flip, self.recipe.jitter)
+        image = augment(self.images[index], generator, self.recipe.flip, self.recipe.jitter, self.recipe.crop_area)
         return image, self.targets[index]
 
 
