@@ -159,9 +159,8 @@ def build_mcar(
 ) -> MCAR:
     """An MCAR model over a named backbone (see mcar_lib.backbones) with that backbone's mean and std.
 
-    options: pooling, num_regions, threshold, selection, box_source, local_stream, generator, as MCAR takes them. seed: of
-    all that
-    is drawn; None leaves torch's own state. The classifier is drawn alike over any starting weights.
+    options: pooling, num_regions, threshold, selection, box_source, local_stream, generator, as MCAR takes them. seed:
+    of all that is drawn; None leaves torch's own state. The classifier is drawn alike over any starting weights.
     """
     if seed is not None:
         torch.manual_seed(seed)  # weights "none" are drawn too
