@@ -16,6 +16,7 @@ from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
 from mcar_lib.runs.runs import Runs, open_runs
+from mcar_lib.runs.tuning import tune, tuning_rows
 
 __all__ = [
     "BASELINE",
@@ -43,4 +44,6 @@ __all__ = [
     "summarise",
     "tested",
     "told",
+    "tune",
+    "tuning_rows",
 ]

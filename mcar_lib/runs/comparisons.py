@@ -71,7 +71,7 @@ def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) ->
         return runs.evaluated(config, mcar), time.monotonic() - started
 
     shape = tuple(runs.data(config).test.targets.shape)
-    return runs.trained(config).scores_of(evaluation_id("", changes), shape, score)
+    return runs.outcome(config).scores_of(evaluation_id("", changes), shape, score)
 
 
 def interval(runs: Runs, group: Sequence[Record | Prediction], epoch: str = "last") -> Mapping[str, Any]:

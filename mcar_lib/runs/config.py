@@ -16,6 +16,7 @@ from mcar_lib.files import reading, user_path
 from mcar_lib.model import Pooling, check_image_size
 from mcar_lib.regions import BoxSource, Selection, check_threshold
 from mcar_lib.training import Recipe
+from mcar_lib.training.recipe import Positive
 
 BASELINE, METHOD = "global baseline", "MCAR"
 Model = TypeVar("Model", bound=BaseModel)
@@ -115,9 +116,42 @@ class Axis(BaseModel):
     tested_only: bool = False
 
 
+class Tuning(BaseModel):
+    """How the learning rate of each arm is chosen: one run a rate, trained on train and scored on val.
+
+    seed: of these runs, none of the report's. widenings: how often the grid may grow by a factor of two on a side where
+    the best rate is its last.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    rates: Annotated[tuple[Positive, ...], Field(min_length=2)]
+    seed: Annotated[int, Field(ge=0)]
+    widenings: Annotated[int, Field(ge=0)] = 3
+
+    @field_validator("rates")
+    @classmethod
+    def _ascend(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if list(rates) != sorted(set(rates)):
+            raise ValueError(f"rates must ascend, not {rates}")
+        return rates
+
+
+class EqualCost(BaseModel):
+    """What MCAR's extra computing buys without regions: image_size, the input at which one pass of the global stream
+    costs what MCAR costs; crop_area, of random resized crops; seeds, of these runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    image_size: int
+    crop_area: Annotated[float, Field(gt=0, lt=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+
+
 class Profile(BaseModel):
     """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples.
 
+    tuning, equal_cost: None where the profile's rates are fixed, and where these runs are not made.
     rows: runs with names of their own, as what each changes in [run]: the rows of a published table.
     threads: of one run on a CPU, 0 for all. Sums depend on it in their last bits, so it is part of the profile, not of
     the machine; cores that one run leaves free train others of the same grid.
@@ -131,6 +165,8 @@ class Profile(BaseModel):
     bootstrap_resamples: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=0)] = 0
     run: RunConfig
+    tuning: Tuning | None = None
+    equal_cost: EqualCost | None = None
     ablations: dict[AxisName, Axis] = Field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -175,6 +211,20 @@ class Profile(BaseModel):
             there = ", ".join(self.ablations) or "none"
             raise NotInProfileError(f"profile {self.name} has no [ablations] for {name}; it has {there}")
         return self.ablations[name]
+
+    def equal_cost_arms(self) -> dict[str, RunConfig]:
+        """The global stream with MCAR's computing, and the controls of its regions, by name; none without equal_cost."""
+        if self.equal_cost is None:
+            return {}
+        alone, both = self.run.vary(local_stream=False), self.run.vary(local_stream=True)
+        longer, crop = alone.epochs * (1 + alone.num_regions), self.equal_cost.crop_area
+        return {
+            f"global, {longer} epochs": alone.vary(epochs=longer),
+            f"global, {self.equal_cost.image_size} px": alone.vary(image_size=self.equal_cost.image_size),
+            "global, random crops": alone.vary(crop_area=crop),
+            f"global, random crops, {longer} epochs": alone.vary(crop_area=crop, epochs=longer),
+            "MCAR, boxes of another photo": both.vary(box_source="other photo"),
+        }
 
     def row(self, name: str) -> RunConfig:
         """The run of a row; raises ConfigError for a name that is none."""

@@ -56,6 +56,10 @@ class Outcome:
         """Whether the run's weights are on this machine and undamaged, in the eyes of the main process."""
         return processes.broadcast_from_main(lambda: _is_whole(self.weights))
 
+    def has_scores(self) -> bool:
+        """Whether test scores are on this machine, in the eyes of the main process; they may be without weights."""
+        return processes.broadcast_from_main((self.folder / "scores.npz").exists)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other jobs from the folder; of several processes the main one holds the lock for all."""

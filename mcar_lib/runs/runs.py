@@ -171,7 +171,9 @@ class Runs:
         keys = keys or self.keys(config)
         former = ({**keys, "arithmetic": each} for each in accepted(keys["arithmetic"]))
         places = [self._place(run_id_of(config, each)) for each in former]
-        return next((place for place in places if place.is_here()), places[0])
+        return next((place for place in places if place.is_here()), None) or next(
+            (place for place in places if place.has_scores()), places[0]
+        )
 
     def _place(self, run_id: str) -> Outcome:
         return Outcome(self.artifacts / "runs" / run_id)
@@ -205,9 +207,10 @@ class Runs:
         Raises DataError where there is nothing to score.
         """
         shape = tuple(self.data(config).test.targets.shape)
-        outcome = self.trained(config)
-        if (found := outcome.scores(epoch, shape)) is not None:
+        self.run(config)
+        if (found := self.outcome(config).scores(epoch, shape)) is not None:
             return found
+        outcome = self.trained(config)
         last_is_best = self.run(config).metrics["best"]["epoch"] == config.epochs
         with outcome.locked():
             if outcome.scores(epoch, shape) is None:  # another job may have made them meanwhile

@@ -1,0 +1,95 @@
+"""The learning rate of each arm of a study, chosen on validation images: the same small budget for every arm."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mcar_lib.runs.config import RunConfig, Tuning
+from mcar_lib.runs.grid import find_or_train
+from mcar_lib.runs.records import Failure, Record
+from mcar_lib.runs.runs import Runs
+
+
+@dataclass
+class Arm:
+    """What is tuned, and what each rate that was tried came to: mAP on the val list as a fraction, None where the run
+    failed."""
+
+    config: RunConfig
+    tried: dict[float, float | None]
+
+    @property
+    def best(self) -> float | None:
+        """The rate of the highest mAP, of equals the lowest; None where every run failed."""
+        scored = {rate: value for rate, value in sorted(self.tried.items()) if value is not None}
+        return max(scored, key=lambda rate: scored[rate]) if scored else None
+
+    def wanted(self, tuning: Tuning) -> list[float]:
+        """Rates that are still to be tried: those of the grid, then beyond an end at which the best one lies."""
+        if missing := [rate for rate in tuning.rates if rate not in self.tried]:
+            return missing
+        low, high = min(self.tried), max(self.tried)
+        if self.best == low and low > tuning.rates[0] / 2**tuning.widenings * 1.001:
+            return [float(f"{low / 2:.6g}")]
+        if self.best == high and high < tuning.rates[-1] * 2**tuning.widenings * 0.999:
+            return [float(f"{high * 2:.6g}")]
+        return []
+
+
+def arm_of(config: RunConfig, tuning: Tuning) -> RunConfig:
+    """The run that a configuration's rate is chosen with. Runs that differ in nothing that changes which rate is right
+    share it: seed, which classes or whose boxes are looked at, tau."""
+    shared = {"selection": "top", "box_source": "maps", "threshold": 0.5, "learning_rate": tuning.rates[0]}
+    return config.vary(seed=tuning.seed, scored_on="val", **shared)
+
+
+def arms(runs: Runs, configs: Sequence[RunConfig]) -> list[Arm]:
+    """The arm of each configuration, tuned: its runs are found or trained, one a rate. Empty where the profile fixes
+    its rates."""
+    tuning = runs.profile.tuning
+    if tuning is None:
+        return []
+    found = {}
+    for config in configs:
+        arm = arm_of(config, tuning)
+        found[arm.model_dump_json()] = Arm(arm, {})
+    while True:
+        wanted = [(arm, rate) for arm in found.values() for rate in arm.wanted(tuning)]
+        if not wanted:
+            return [found[arm_of(config, tuning).model_dump_json()] for config in configs]
+        trained = find_or_train(runs, [arm.config.vary(learning_rate=rate) for arm, rate in wanted])
+        for (arm, rate), each in zip(wanted, trained, strict=True):
+            arm.tried[rate] = value_of(each)
+
+
+def value_of(found: Record | Failure) -> float | None:
+    """What a tuning run is judged by: fused mAP on the val list after the last epoch, as a fraction."""
+    return found.map() if isinstance(found, Record) else None
+
+
+def tune(runs: Runs, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The configurations, each with the rate of its arm; as they are where the profile fixes its rates."""
+    tuned = arms(runs, configs)
+    return [
+        config if arm.best is None else config.vary(learning_rate=arm.best)
+        for config, arm in zip(configs, tuned or [Arm(each, {}) for each in configs], strict=True)
+    ]
+
+
+def tuning_rows(runs: Runs, configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
+    """The tuning of these configurations, for a table: a row for each arm and rate, mAP on val in percent."""
+    rows, seen = [], set()
+    for arm in arms(runs, configs):
+        if (key := arm.config.model_dump_json()) not in seen:
+            seen.add(key)
+            name = arm.config.label.removesuffix(f"-s{arm.config.seed}")
+            rows += [
+                {
+                    "arm": f"{name}, {arm.config.epochs} epochs",
+                    "learning rate": rate,
+                    "mAP on val": None if value is None else 100 * value,
+                    "chosen": "yes" if rate == arm.best else "",
+                }
+                for rate, value in sorted(arm.tried.items())
+            ]
+    return rows
