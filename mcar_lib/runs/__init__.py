@@ -7,6 +7,7 @@ from mcar_lib.runs.comparisons import (
     grouped,
     interval,
     points,
+    scores_of,
     summarise,
     tested,
     told,
@@ -16,7 +17,7 @@ from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
 from mcar_lib.runs.runs import Runs, open_runs
-from mcar_lib.runs.tuning import tune, tuning_rows
+from mcar_lib.runs.tuning import choose, tune, tuning_rows
 
 __all__ = [
     "BASELINE",
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "RunConfig",
     "Runs",
+    "choose",
     "compare",
     "differences",
     "find_or_train",
@@ -41,6 +43,7 @@ __all__ = [
     "open_runs",
     "points",
     "read_records",
+    "scores_of",
     "summarise",
     "tested",
     "told",
