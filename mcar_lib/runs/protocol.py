@@ -1,0 +1,35 @@
+"""How the numbers of the reports are made, in words: the protocol once, and what a profile does otherwise."""
+
+from mcar_lib.runs.config import Profile
+
+SEEDS, MAIN_SEEDS = 3, 5  # the least number of runs of an arm, and of each side of the main comparison
+
+PROTOCOL = f"""\
+- **Splits.** Learning rates are tuned on the data set's official train and val lists. Every run that is reported is
+  trained on both together (trainval) and scored on test, once, after its last epoch.
+- **Tuning.** Every arm that can change which rate is right (model, pooling, backbone, N, input size, length) gets the same
+  budget: the same grid of rates, widened where the best one lies on its border, one run a rate with a seed that no
+  reported run has. The tables of tuning show all of these runs.
+- **Seeds.** At least {SEEDS} runs an arm, {MAIN_SEEDS} in the main comparison. Intervals (95 %) and p-values hold both
+  what another seed and what other test images would change; the spread over seeds stands beside them. One seed
+  carries no finding.
+- **Findings.** A difference is a finding where p is below 0.05 after Holm's correction for all comparisons of its study.
+- **Best epoch.** Also shown, because the paper's release reports it. It is chosen on the test images, so it is no
+  measurement, and no finding here rests on it.
+"""
+
+
+def deviations(profile: Profile) -> list[str]:
+    """What a profile does otherwise than PROTOCOL says, each as a phrase; empty where it follows it."""
+    found = [] if profile.tuning else ["rates are fixed, not tuned on a val list"]
+    if len(profile.seeds) < MAIN_SEEDS:
+        found.append(f"{_seeds(len(profile.seeds))} in the main comparison")
+    few: dict[int, list[str]] = {}
+    for name, axis in profile.ablations.items():
+        if len(axis.seeds) < SEEDS:
+            few.setdefault(len(axis.seeds), []).append(name)
+    return [*found, *(f"{_seeds(count)} an arm for {', '.join(names)}" for count, names in sorted(few.items()))]
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seeds" if count != 1 else "one seed, so no finding,"
