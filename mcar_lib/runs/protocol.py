@@ -6,13 +6,14 @@ SEEDS, MAIN_SEEDS = 3, 5  # the least number of runs of an arm, and of each side
 
 PROTOCOL = f"""\
 - **Splits.** Learning rates are tuned on the data set's official train and val lists. Every run that is reported is
-  trained on both together (trainval) and scored on test, once, after its last epoch.
+  trained on both together (trainval), and its result is its score on test after the last epoch.
 - **Tuning.** Every arm that can change which rate is right (model, pooling, backbone, N, input size, length) gets the
   same budget: one grid of rates, widened where the best one lies on its border, one run a rate with a seed that no
-  reported run has. The tables of tuning show all of these runs.
+  reported run has. The tables of tuning show all of these runs. All else is fixed by the profile, alike for all arms;
+  the length and the schedule were set before this protocol, on test scores of earlier runs.
 - **Seeds.** At least {SEEDS} runs an arm, {MAIN_SEEDS} in the main comparison. Intervals (95 %) and p-values hold both
-  what another seed and what other test images would change; the spread over seeds stands beside them. One seed
-  carries no finding.
+  what other seeds and what other test images would change; the spread over seeds stands beside them. One seed carries
+  no finding.
 - **Findings.** A difference is a finding where p is below 0.05 after Holm's correction for the comparisons of its
   study.
 - **Best epoch.** Also shown, because the paper's release reports it. It is chosen on the test images, so it is no
