@@ -17,6 +17,7 @@ from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, w
 from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
 from mcar_lib.runs import ONE_SEED, Runs, load_profile, points, read_records
+from mcar_lib.runs.claims import TOLD
 from mcar_lib.runs.records import RECORD_FORMAT, following, runs_of
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
@@ -185,15 +186,16 @@ def compare_findings(committed: Path, local: Path) -> "pd.DataFrame":
     their interval, the finding, and whether it is the same. Differences of one seed are no findings."""
     import pandas as pd
 
-    told = ("difference", "low", "high", "finding")
-    columns = [[side if name == "difference" else f"{side} {name}" for name in told] for side in SIDES]
+    columns = [[side if name == "difference" else f"{side} {name}" for name in TOLD[1:]] for side in SIDES]
     sides: list[dict[tuple[str, str], dict[str, Any]]] = [{}, {}]
     for found, folder in zip(sides, (committed, local), strict=True):
-        for path in sorted((folder / "tables").glob("*difference*.csv")):
-            found |= {(path.stem, row["compared"]): row for row in pd.read_csv(path).to_dict("records")}
+        tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("*.csv"))}
+        for name, table in tables.items():
+            if set(TOLD) <= set(table):
+                found |= {(name, row["compared"]): row for row in table.to_dict("records")}
     rows = []
     for key in dict.fromkeys([*sides[0], *sides[1]]):
-        cells = [found.get(key, {}).get(name) for found in sides for name in told]
+        cells = [found.get(key, {}).get(name) for found in sides for name in TOLD[1:]]
         rows.append([*key, *cells, _verdict(*(found.get(key, {}).get("finding") for found in sides))])
     return pd.DataFrame(rows, columns=["table", "compared", *columns[0], *columns[1], "verdict"])
 

@@ -11,6 +11,7 @@ from mcar_lib.runs.comparisons import NO_DIFFERENCE, ONE_SEED, points
 
 REPLICATED, NOT_REPLICATED = "replicated here", "not replicated here"
 NOT_TESTED, NOTHING_PUBLISHED = "not tested here", "nothing published"
+TOLD = ("compared", "difference", "low", "high", "finding")  # columns of a table of differences
 CLOSE = 1.0  # points of mAP that a run of the paper's recipe may lie below the published figure
 Row = Mapping[str, Any]
 
