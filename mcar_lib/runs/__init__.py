@@ -2,6 +2,7 @@
 
 from mcar_lib.runs.comparisons import (
     NO_DIFFERENCE,
+    ONE_SEED,
     compare,
     differences,
     grouped,
@@ -15,6 +16,7 @@ from mcar_lib.runs.comparisons import (
 from mcar_lib.runs.config import BASELINE, METHOD, Axis, Profile, RunConfig, load_profile, make_config
 from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
+from mcar_lib.runs.protocol import PROTOCOL, deviations
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
 from mcar_lib.runs.runs import Runs, open_runs
 from mcar_lib.runs.tuning import choose, tune, tuning_rows
@@ -23,7 +25,9 @@ __all__ = [
     "BASELINE",
     "METHOD",
     "NO_DIFFERENCE",
+    "ONE_SEED",
     "OPERATING_POINTS",
+    "PROTOCOL",
     "STREAMS",
     "Axis",
     "Failure",
@@ -34,6 +38,7 @@ __all__ = [
     "Runs",
     "choose",
     "compare",
+    "deviations",
     "differences",
     "find_or_train",
     "grouped",
