@@ -2,6 +2,7 @@
 
 from mcar_lib.runs.comparisons import (
     NO_DIFFERENCE,
+    ONE_SEED,
     compare,
     differences,
     grouped,
@@ -14,6 +15,7 @@ from mcar_lib.runs.comparisons import (
 from mcar_lib.runs.config import BASELINE, METHOD, Axis, Profile, RunConfig, load_profile, make_config
 from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
+from mcar_lib.runs.protocol import PROTOCOL, deviations
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
 from mcar_lib.runs.runs import Runs, open_runs
 from mcar_lib.runs.tuning import tune, tuning_rows
@@ -22,7 +24,9 @@ __all__ = [
     "BASELINE",
     "METHOD",
     "NO_DIFFERENCE",
+    "ONE_SEED",
     "OPERATING_POINTS",
+    "PROTOCOL",
     "STREAMS",
     "Axis",
     "Failure",
@@ -32,6 +36,7 @@ __all__ = [
     "RunConfig",
     "Runs",
     "compare",
+    "deviations",
     "differences",
     "find_or_train",
     "grouped",

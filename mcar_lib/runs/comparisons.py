@@ -30,6 +30,7 @@ from mcar_lib.training import StreamScores
 SIGNIFICANT = 0.05
 SAME_MAP = 1e-6  # difference in mAP, a fraction, that the scores of a record may have from it
 NO_DIFFERENCE = "no difference that this data can show"
+ONE_SEED = "one seed: no finding"
 Found = Record | Prediction | Failure
 
 
