@@ -46,9 +46,9 @@ def arm_of(config: RunConfig, tuning: Tuning) -> RunConfig:
     return config.vary(seed=tuning.seed, scored_on="val", **shared)
 
 
-def arms(runs: Runs, configs: Sequence[RunConfig]) -> list[Arm]:
+def arms(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[Arm]:
     """The arm of each configuration, tuned: its runs are found or trained, one a rate. Empty where the profile fixes
-    its rates."""
+    its rates. train: False only finds them: a rate without a record counts as one that failed."""
     tuning = runs.profile.tuning
     if tuning is None:
         return []
@@ -60,19 +60,22 @@ def arms(runs: Runs, configs: Sequence[RunConfig]) -> list[Arm]:
         wanted = [(arm, rate) for arm in found.values() for rate in arm.wanted(tuning)]
         if not wanted:
             return [found[arm_of(config, tuning).model_dump_json()] for config in configs]
-        trained = find_or_train(runs, [arm.config.vary(learning_rate=rate) for arm, rate in wanted])
-        for (arm, rate), each in zip(wanted, trained, strict=True):
+        tried = [arm.config.vary(learning_rate=rate) for arm, rate in wanted]
+        found_runs = find_or_train(runs, tried) if train else list(map(runs.find, tried))
+        for (arm, rate), each in zip(wanted, found_runs, strict=True):
             arm.tried[rate] = value_of(each)
 
 
-def value_of(found: Record | Failure) -> float | None:
-    """What a tuning run is judged by: fused mAP on the val list after the last epoch, as a fraction."""
+def value_of(found: Record | Failure | None) -> float | None:
+    """What a tuning run is judged by: fused mAP on the val list after the last epoch, as a fraction; None without a
+    record."""
     return found.map() if isinstance(found, Record) else None
 
 
-def tune(runs: Runs, configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The configurations, each with the rate of its arm; as they are where the profile fixes its rates."""
-    tuned = arms(runs, configs)
+def tune(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[RunConfig]:
+    """The configurations, each with the rate of its arm; as they are where the profile fixes its rates. train: as for
+    arms; False for what is shown only where it was trained before."""
+    tuned = arms(runs, configs, train)
     return [
         config if arm.best is None else config.vary(learning_rate=arm.best)
         for config, arm in zip(configs, tuned or [Arm(each, {}) for each in configs], strict=True)
