@@ -20,7 +20,7 @@ import torch
 from timing import machine, median_seconds, print_report, report_parser
 
 from mcar_lib.model import MCAR, build_mcar
-from mcar_lib.runs.environment import describe_environment
+from mcar_lib.runs.environment import PeakMemory, describe_environment
 from mcar_lib.training import (
     Recipe,
     batch_scores,
@@ -43,7 +43,7 @@ COLUMNS = (
 
 
 class Timed(NamedTuple):
-    """Seconds of one step, and the peak of GPU memory in bytes (0 where there is no GPU)."""
+    """Seconds of one step, and the peak of memory in bytes: of the GPU, else of the process (0: not known)."""
 
     seconds: float
     peak: int
@@ -88,9 +88,8 @@ def timed(step: Callable[[], object], options: argparse.Namespace) -> Timed:
 
     for _ in range(options.warmup):
         whole_step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    return Timed(median_seconds(whole_step, options.repeats), torch.cuda.max_memory_allocated() if on_gpu else 0)
+    memory = PeakMemory()
+    return Timed(median_seconds(whole_step, options.repeats), memory.bytes or 0)
 
 
 def build(backbone: str, compiled: bool, options: argparse.Namespace, device: torch.device) -> MCAR:
