@@ -26,7 +26,7 @@ def deviations(profile: Profile) -> list[str]:
     found = [] if profile.tuning else ["rates are fixed, not tuned on a val list"]
     if len(profile.seeds) < MAIN_SEEDS:
         found.append(_few(len(profile.seeds), "in the main comparison"))
-    arms: dict[str, Axis | EqualCost] = {**profile.ablations}
+    arms: dict[str, Axis | EqualCost] = {name: axis for name, axis in profile.ablations.items()}
     if profile.equal_cost:
         arms["equal_cost"] = profile.equal_cost
     for count in sorted({len(arm.seeds) for arm in arms.values() if len(arm.seeds) < SEEDS}):
