@@ -8,6 +8,7 @@ from mcar_lib.runs.comparisons import (
     grouped,
     interval,
     points,
+    scores_of,
     summarise,
     tested,
     told,
@@ -18,7 +19,7 @@ from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
 from mcar_lib.runs.protocol import PROTOCOL, deviations
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
 from mcar_lib.runs.runs import Runs, open_runs
-from mcar_lib.runs.tuning import tune, tuning_rows
+from mcar_lib.runs.tuning import choose, tune, tuning_rows
 
 __all__ = [
     "BASELINE",
@@ -35,6 +36,7 @@ __all__ = [
     "Record",
     "RunConfig",
     "Runs",
+    "choose",
     "compare",
     "deviations",
     "differences",
@@ -46,6 +48,7 @@ __all__ = [
     "open_runs",
     "points",
     "read_records",
+    "scores_of",
     "summarise",
     "tested",
     "told",

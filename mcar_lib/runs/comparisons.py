@@ -75,6 +75,13 @@ def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) ->
     return runs.outcome(config).scores_of(evaluation_id("", changes), shape, score)
 
 
+def scores_of(runs: Runs, prediction: Prediction, epoch: str = "last") -> StreamScores:
+    """The test scores of a prediction, found on this machine or made from the run's weights."""
+    if prediction.changes:
+        return _scores_with(runs, prediction.config, prediction.changes)[0]
+    return runs.scores(prediction.config, epoch)
+
+
 def interval(runs: Runs, group: Sequence[Record | Prediction], epoch: str = "last") -> Mapping[str, Any]:
     """mAP of a group and its 95 % interval over test images, as fractions."""
     return compare(runs, group, (), epoch)
@@ -116,8 +123,7 @@ def _scores(runs: Runs, prediction: Prediction, epoch: str, targets: torch.Tenso
     """Scores (n, K) of a prediction, held against its record: they are not committed, and made anew on another machine
     they are a little others."""
     config = prediction.config
-    found = _scores_with(runs, config, prediction.changes)[0] if prediction.changes else runs.scores(config, epoch)
-    scores = by_stream(found)[prediction.stream]
+    scores = by_stream(scores_of(runs, prediction, epoch))[prediction.stream]
     recorded = prediction.map() if prediction.changes else prediction.record.map(prediction.stream, epoch)
     here = average_precision(scores, targets).nanmean().item()
     if abs(here - recorded) > SAME_MAP:

@@ -213,7 +213,7 @@ class Profile(BaseModel):
         return self.ablations[name]
 
     def equal_cost_arms(self) -> dict[str, RunConfig]:
-        """The global stream with MCAR's computing, and the controls of its regions, by name; none without equal_cost."""
+        """The global stream with MCAR's computing, and controls of its regions, by name; none without equal_cost."""
         if self.equal_cost is None:
             return {}
         alone, both = self.run.vary(local_stream=False), self.run.vary(local_stream=True)

@@ -14,6 +14,7 @@ A file that is no whole record is named and passed over: one that is broken stop
 """
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Record:
     @functools.cached_property
     def config(self) -> RunConfig:
         try:
-            return make_config(self.content["config"])
+            return _config(json.dumps(self.content["config"]))
         except ConfigError as error:
             raise ResultsError(f"{self.path}: {error}; move it away") from error
 
@@ -99,6 +100,12 @@ class Record:
         """Whether it was made by this arithmetic, data and weights, as far as these keys tell."""
         own = self.content.get("keys", {})
         return all(own.get(name) in accepted(value) for name, value in keys.items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(text: str) -> RunConfig:
+    """Checked once: a grid looks at every record for every run."""
+    return make_config(json.loads(text))
 
 
 @dataclass(frozen=True)
