@@ -158,7 +158,7 @@ def compare(committed: Path, folder: Path) -> None:
     say(f"numbers: {len(apart)} compared{spread if len(apart) else ''} ({folder / 'comparison_runs.md'})")
 
 
-def _interval(row: Mapping[str, Any], side: str) -> str:
+def _interval(row: Mapping[Any, Any], side: str) -> str:
     return points({"difference": row[side], "low": row[f"{side} low"], "high": row[f"{side} high"]})
 
 
@@ -187,7 +187,7 @@ def compare_findings(committed: Path, local: Path) -> "pd.DataFrame":
     import pandas as pd
 
     columns = [[side if name == "difference" else f"{side} {name}" for name in TOLD[1:]] for side in SIDES]
-    sides: list[dict[tuple[str, str], dict[str, Any]]] = [{}, {}]
+    sides: list[dict[tuple[str, str], dict[Any, Any]]] = [{}, {}]
     for found, folder in zip(sides, (committed, local), strict=True):
         tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("*.csv"))}
         for name, table in tables.items():

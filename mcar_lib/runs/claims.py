@@ -13,10 +13,10 @@ REPLICATED, NOT_REPLICATED = "replicated here", "not replicated here"
 NOT_TESTED, NOTHING_PUBLISHED = "not tested here", "nothing published"
 TOLD = ("compared", "difference", "low", "high", "finding")  # columns of a table of differences
 CLOSE = 1.0  # points of mAP that a run of the paper's recipe may lie below the published figure
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
 
-def rows_like(rows: Iterable[Row], pattern: str) -> list[dict[str, Any]]:
+def rows_like(rows: Iterable[Row], pattern: str) -> list[dict[Any, Any]]:
     """The rows whose whole name is as a pattern says, each with a label: the groups of the pattern, none for none."""
     found = [(row, re.fullmatch(pattern, row["compared"])) for row in rows]
     return [{**row, "label": " ".join(filter(None, match.groups()))} for row, match in found if match]

@@ -1,6 +1,6 @@
 """How the numbers of the reports are made, in words: the protocol once, and what a profile does otherwise."""
 
-from mcar_lib.runs.config import Profile
+from mcar_lib.runs.config import Axis, EqualCost, Profile
 
 SEEDS, MAIN_SEEDS = 3, 5  # the least number of runs of an arm, and of each side of the main comparison
 
@@ -26,7 +26,9 @@ def deviations(profile: Profile) -> list[str]:
     found = [] if profile.tuning else ["rates are fixed, not tuned on a val list"]
     if len(profile.seeds) < MAIN_SEEDS:
         found.append(_few(len(profile.seeds), "in the main comparison"))
-    arms = {**profile.ablations, **({"equal_cost": profile.equal_cost} if profile.equal_cost else {})}
+    arms: dict[str, Axis | EqualCost] = {name: axis for name, axis in profile.ablations.items()}
+    if profile.equal_cost:
+        arms["equal_cost"] = profile.equal_cost
     for count in sorted({len(arm.seeds) for arm in arms.values() if len(arm.seeds) < SEEDS}):
         names = [name for name, arm in arms.items() if len(arm.seeds) == count]
         found.append(_few(count, f"an arm of {', '.join(names)}"))
