@@ -26,12 +26,12 @@ def deviations(profile: Profile) -> list[str]:
     found = [] if profile.tuning else ["rates are fixed, not tuned on a val list"]
     if len(profile.seeds) < MAIN_SEEDS:
         found.append(_few(len(profile.seeds), "in the main comparison"))
-    arms: dict[str, Axis | EqualCost] = {name: axis for name, axis in profile.ablations.items()}
+    arms: list[tuple[str, Axis | EqualCost]] = [*profile.ablations.items()]
     if profile.equal_cost:
-        arms["equal_cost"] = profile.equal_cost
-    for count in sorted({len(arm.seeds) for arm in arms.values() if len(arm.seeds) < SEEDS}):
-        names = [name for name, arm in arms.items() if len(arm.seeds) == count]
-        found.append(_few(count, f"an arm of {', '.join(names)}"))
+        arms.append(("equal_cost", profile.equal_cost))
+    for count in sorted({len(arm.seeds) for _, arm in arms if len(arm.seeds) < SEEDS}):
+        names = ", ".join(name for name, arm in arms if len(arm.seeds) == count)
+        found.append(_few(count, f"an arm of {names}"))
     return found
 
 
