@@ -63,12 +63,6 @@ def test_models_with_a_cost_in_common_stand_side_by_side() -> None:
     assert places[MODEL_COLOURS[BASELINE]] < 7.0 < places[MODEL_COLOURS[METHOD]]
 
 
-def test_a_bar_never_has_a_negative_length() -> None:
-    _, (axes,) = figures.figure()
-    figures.with_intervals(axes, [0], pd.DataFrame({"mAP": [5.0], "low": [5.5], "high": [6.0]}))
-    assert drawn(axes, 0) == ([5.0], [[5.0, 6.0]])
-
-
 def test_nothing_is_drawn_where_nothing_was_measured() -> None:
     _, (axes,) = figures.figure()
     figures.with_intervals(axes, [0], pd.DataFrame({"mean": [np.nan], "low": [np.nan], "high": [np.nan]}), "mean")
