@@ -97,7 +97,7 @@ def compare(
         scores = [torch.stack([_scores(runs, each, epoch, targets) for each in side]) for side in sides if side]
         paired = [each.record.run_id for each in sides[0]] == [each.record.run_id for each in sides[1]]
         found = (
-            map_difference(*scores, targets, resamples, paired=paired)
+            map_difference(scores[0], scores[1], targets, resamples, paired=paired)
             if b
             else map_interval(scores[0], targets, resamples)
         )
