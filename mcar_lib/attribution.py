@@ -14,7 +14,7 @@ from mcar_lib.errors import ConfigError
 from mcar_lib.model import MCAR
 from mcar_lib.training import network_input
 
-OCCLUSION_CELLS, PATCH = 7, 2  # cells on a side of the occlusion map, and of the patch that moves by one cell
+OCCLUSION_CELLS = 6  # patches on a side, next to one another
 
 
 class ClassMaps(NamedTuple):
@@ -42,7 +42,8 @@ def maps_of(model: MCAR, squares: ResizedImages, batch_size: int = 32) -> ClassM
     for first in range(0, len(squares), batch_size):
         images = torch.stack([squares[index] for index in range(first, min(first + batch_size, len(squares)))])
         parts.append([part.cpu() for part in class_maps(model, images)])
-    return ClassMaps(*(torch.cat(column) for column in zip(*parts, strict=True)), squares.size)
+    scores, cells = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ClassMaps(scores, cells, squares.size)
 
 
 def _check_evaluates(model: MCAR) -> None:
@@ -54,9 +55,10 @@ def _check_evaluates(model: MCAR) -> None:
 def occlusion(model: MCAR, image: Tensor) -> Tensor:
     """How much each class's global logit falls where a patch of the image is covered with the mean colour.
 
-    image: uint8 (3, S, S). Returns (K, 7, 7) float32, each cell the mean over the 2 x 2 cell patches that cover it; 36
-    passes of the global stream serve all classes. Source: Zeiler and Fergus 2014, as captum computes it, on a mask
-    of cells in place of pixels.
+    image: uint8 (3, S, S). Returns (K, 6, 6) float32, a cell for each patch of a sixth of the side; 36 passes of the
+    global stream serve all classes. Patches do not overlap: captum gives a cell the mean of the patches over it, and at
+    the border, where these are fewer, a cell beside an object would be as high as one on it.
+    Source: Zeiler and Fergus 2014, as captum computes it, on a mask of cells in place of pixels.
     """
     from captum.attr import Occlusion
 
@@ -67,7 +69,7 @@ def occlusion(model: MCAR, image: Tensor) -> Tensor:
         return scores
 
     mask = torch.ones(1, 1, OCCLUSION_CELLS, OCCLUSION_CELLS, device=inputs.device)
-    found: Tensor = Occlusion(logits).attribute(mask, (1, PATCH, PATCH), strides=(1, 1, 1))
+    found: Tensor = Occlusion(logits).attribute(mask, sliding_window_shapes=(1, 1, 1))
     return found[:, 0].float()
 
 

@@ -29,7 +29,7 @@ PEAK, CELL, OCCLUDED = "peak of the map", "centre of the highest cell", "highest
 MIDDLE, RANDOM_PIXEL = "centre of the image", "random pixel"
 POINTS = (PEAK, CELL, OCCLUDED, MIDDLE, RANDOM_PIXEL)
 COUNTS = (1, 2, 4, 6, 8)  # the N that a record tells of, and the chosen one
-TAUS = (0.3, 0.4, 0.5, 0.6, 0.7)  # to choose from on val
+TAUS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to choose from on val
 MAP_VALUES = 1 << 25  # upsampled map values held at a time: 128 MiB of float32
 
 

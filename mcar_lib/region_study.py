@@ -5,7 +5,6 @@ are chosen by F1 on the record of a tuning run, which is trained on the train li
 reported runs tell of the chosen ones only.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from mcar_lib.attribution import class_maps, maps_of, occlusion_maps
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.files import content_id
-from mcar_lib.intervals import holm
+from mcar_lib.intervals import holm, two_level
 from mcar_lib.localisation import (
     F1,
     Key,
@@ -32,6 +31,7 @@ from mcar_lib.localisation import (
 )
 from mcar_lib.model import MCAR
 from mcar_lib.regions import attentional_regions
+from mcar_lib.runs.comparisons import NO_DIFFERENCE, ONE_SEED, SIGNIFICANT
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
@@ -171,26 +171,41 @@ def study_rows(
     differences: Sequence[tuple[Key, Key]] | None = None,
     num_resamples: int = 2000,
 ) -> list[dict[str, Any]]:
-    """Each share of the records, one a seed, or each of the differences a - b, as rows: way, N, among, measure, mean
-    over seeds, low, high, and the p-value of "no difference" adjusted for their number (Holm); fractions.
+    """Each share of the records, one a seed, as rows: the fields of Key, mean over seeds, low, high (fractions).
 
-    Seeds and images are resampled together, all seeds on the same images (mcar_lib.intervals). A row is NaN where
-    there is nothing to measure.
+    With differences, each a - b instead, paired in every record; p_value: of "no difference", adjusted for their number
+    (Holm), and the finding that it supports. Seeds and images are held together, all seeds with the same resampled
+    images (two_level); with one seed p_value is NaN. All is NaN where there is nothing to measure.
     """
-    generator = np.random.default_rng(0)
-    n = records[0]["images"]
+    generator, n = np.random.default_rng(0), records[0]["images"]
     weights = np.vstack((np.ones(n), generator.multinomial(n, np.full(n, 1 / n), num_resamples)))
     shares = [_shares(record, weights) for record in records]
-    compared = [(key, None) for key in shares[0]] if differences is None else list(differences)
+    pairs = [(key, None) for key in shares[0]] if differences is None else differences
     rows = []
-    for a, b in compared:
-        values = np.stack([of[a] - (of[b] if b else 0) for of in shares], axis=1)  # (1 + R, S), the data itself first
+    for a, b in pairs:
+        # Rounded, or float64 noise would decide on which side of 0 two equal ways fall.
+        values = np.stack([of[a] - (of[b] if b else 0) for of in shares], axis=1).round(12)  # (1 + R, S)
+        found = two_level(values[1:], values[0])
         way = f"{a.way} - {b.way}" if b else a.way
-        rows.append({**a._asdict(), "way": way, **_two_level(values[1:], values[0])})
+        ends = {"mean": found.estimate, "low": found.low, "high": found.high}
+        rows.append({**a._asdict(), "way": way, **ends, "p_value": found.p_value})
     if differences is not None:
-        for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        known = [row for row in rows if row["p_value"] == row["p_value"]]
+        for row, p in zip(known, holm([row["p_value"] for row in known]), strict=True):
             row["p_value"] = p
+        for row, (a, _) in zip(rows, pairs, strict=True):
+            row["finding"] = _finding(row, a.way, len(records))
     return rows
+
+
+def _finding(row: Mapping[str, Any], way: str, seeds: int) -> str:
+    if np.isnan(row["mean"]):
+        return "nothing to compare"
+    if seeds == 1:
+        return ONE_SEED
+    if row["p_value"] >= SIGNIFICANT:
+        return NO_DIFFERENCE
+    return f"{way} {'higher' if row['mean'] > 0 else 'lower'}"
 
 
 def _shares(record: Mapping[str, Any], weights: np.ndarray) -> dict[Key, np.ndarray]:
@@ -203,15 +218,3 @@ def _shares(record: Mapping[str, Any], weights: np.ndarray) -> dict[Key, np.ndar
         with np.errstate(invalid="ignore"):  # nothing of the kind in a resample
             found[key] = (weights @ as_numbers(row["sums"])) / (weights @ total)
     return found
-
-
-def _two_level(samples: np.ndarray, estimates: np.ndarray) -> dict[str, float]:
-    """Mean over seeds with a 95 % interval and the p-value of 0: samples (R, S), estimates (S,). PLACEHOLDER."""
-    samples = samples[~np.isnan(samples).any(axis=1)]
-    mean = float(np.mean(estimates))
-    if not len(samples) or np.isnan(mean):
-        return dict.fromkeys(("mean", "low", "high", "p_value"), math.nan)
-    seeds = len(estimates)
-    error = math.sqrt(samples.mean(axis=1).var() + (estimates.var(ddof=1) / seeds if seeds > 1 else 0.0))
-    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(abs(mean) < 1e-12)
-    return {"mean": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "p_value": p}

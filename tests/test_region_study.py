@@ -23,6 +23,7 @@ from mcar_lib.region_study import (
     val_record,
 )
 from mcar_lib.runs import RunConfig, Runs
+from mcar_lib.runs.comparisons import NO_DIFFERENCE, ONE_SEED
 from mcar_lib.runs.config import Tuning
 from mcar_lib.training import network_input
 
@@ -188,3 +189,12 @@ def test_differences_are_paired_and_their_p_values_adjusted() -> None:
     assert once["p_value"] < 0.01
     assert twice[0]["p_value"] == pytest.approx(min(1, 2 * once["p_value"]))
     assert (twice[1]["mean"], twice[1]["low"], twice[1]["high"], twice[1]["p_value"]) == (0, 0, 0, 1)
+    assert [row["finding"] for row in twice] == ["top higher", NO_DIFFERENCE]
+    (turned,) = study_rows(records, [(RANDOM, TOP)])
+    assert (turned["mean"], turned["finding"]) == (-once["mean"], "random lower")
+
+
+def test_one_seed_makes_no_finding() -> None:
+    (row,) = study_rows([record_of([2, 2, 2, 1], [0, 0, 0, 0], [2, 2, 2, 2])], [(TOP, RANDOM)])
+    assert (row["finding"], np.isnan(row["p_value"])) == (ONE_SEED, True)
+    assert 0 < row["low"] < row["mean"] == 0.875
