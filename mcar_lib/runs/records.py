@@ -243,7 +243,6 @@ def _shapes(**fields: Any) -> Any:
 
 
 _NUMBER = float | None
-_INTERVAL = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER}
 _POINTS = {point: _shape(**dict.fromkeys(LABEL_METRICS, _NUMBER)) for point in OPERATING_POINTS}
 _STREAM = _shape(mAP=_NUMBER, classes_without_positives=int, AP=list[_NUMBER], at=_shape(**_POINTS))
 _METRICS = _shape(epoch=int, **dict.fromkeys(STREAMS, _STREAM))
