@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mcar_lib.data import read_image
 from mcar_lib.data.transforms import resize_square
+from mcar_lib.region_study import as_numbers
 from mcar_lib.regions import class_marginals
 from mcar_lib.runs import BASELINE, METHOD, Runs
 
@@ -173,9 +174,11 @@ def attention_gallery(
 
 
 def gallery_figure(record: Mapping[str, Any], runs: Runs) -> Figure:
-    """The gallery of a record of localisation.measure_regions, over the test images of the profile's own run."""
+    """The gallery of a record of region_study.measure_regions, over the test images of the profile's own run."""
     size, shown, test = runs.profile.run.image_size, record["gallery"], runs.data().test
-    cells = [torch.tensor(each["cells"])[None] for each in shown]
+    cells = [
+        torch.tensor([[[as_numbers(row).tolist() for row in of_class] for of_class in each["cells"]]]) for each in shown
+    ]
     return attention_gallery(
         [resize_square(test.image(at), size) for at in range(len(shown))],
         [F.interpolate(each, size=(size, size), mode="bilinear", align_corners=True)[0] for each in cells],

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from mcar_lib import figures
 from mcar_lib.figures import COLOURS, MODEL_COLOURS
-from mcar_lib.localisation import measure_regions
+from mcar_lib.region_study import as_numbers, measure_regions
 from mcar_lib.regions import class_marginals, locate_intervals
 from mcar_lib.runs import BASELINE, METHOD, RunConfig, Runs
 
@@ -119,5 +119,5 @@ def test_the_gallery_of_a_run_shows_what_its_record_says(runs: Runs, tiny_config
     entry = record["gallery"][1]
     solid = [place for style, place, _ in boxes_on(axes[3]) if style == "-"]
     assert all((x1, y1, x2 - x1, y2 - y1) in solid for x1, y1, x2, y2 in entry["boxes"])
-    cells, shown = np.array(entry["cells"][0]), axes[4].images[1].get_array()
+    cells, shown = np.array([as_numbers(row) for row in entry["cells"][0]]), axes[4].images[1].get_array()
     np.testing.assert_allclose(shown[[0, 0, -1, -1], [0, -1, 0, -1]], cells[[0, 0, -1, -1], [0, -1, 0, -1]], rtol=1e-6)

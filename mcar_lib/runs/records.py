@@ -8,7 +8,7 @@ run         configuration (compared whole); code (keys.arithmetic); photos and l
 evaluation  the run and the values that differ (its name, see evaluation_id); code (made_by)
 comparison  runs, values, streams, epoch, resamples (its name, and a, b, epoch, num_resamples); code that reads scores
             and resamples (made_by); scores (their mAP is held against that of the run's record when it is made)
-regions     the run (its name); code (made_by); annotated boxes (boxes)
+regions     the run, N and tau where they are not its own (its name); code (made_by); annotated boxes (boxes)
 
 A file that is no whole record is named and passed over: one that is broken stops no other run.
 """
@@ -248,7 +248,6 @@ def _shapes(**fields: Any) -> Any:
 
 
 _NUMBER = float | None
-_INTERVAL = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER}
 _POINTS = {point: _shape(**dict.fromkeys(LABEL_METRICS, _NUMBER)) for point in OPERATING_POINTS}
 _STREAM = _shape(mAP=_NUMBER, classes_without_positives=int, AP=list[_NUMBER], at=_shape(**_POINTS))
 _METRICS = _shape(epoch=int, **dict.fromkeys(STREAMS, _STREAM))
@@ -287,9 +286,10 @@ SHAPES: Mapping[str, type[BaseModel]] = {
     ),
     "regions": _shape(
         **_NAMES,
-        **{"data": str, "images": int, "difficult": int, "objects": dict[str, int]},
-        overlap=_shapes(regions=str, N=int, size=str, objects=int, measure=str, **_INTERVAL),
-        pointing=_shapes(classes=str, pairs=int, point=str, **_INTERVAL),
+        **{"data": str, "images": int, "difficult": int, "counts": dict[str, str]},
+        settings=_shape(num_regions=int, threshold=float, occlusion_threshold=float),
+        sums=_shapes(way=str, N=int, among=str, measure=str, sums=str),
+        grid=_shapes(way=str, tau=float, N=int, F1=_NUMBER),
         gallery=_shapes(image=str, labels=list[str], boxes=list[Any], cells=list[Any], annotated=list[list[Any]]),
     ),
 }
