@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -33,6 +34,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError, AttributeError):  # Linux with glibc
+            gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what an earlier run has freed, and malloc kept (see keep_freed_memory)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
             self.known = True
