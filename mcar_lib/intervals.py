@@ -104,8 +104,7 @@ def map_interval(
     >>> result.seeds, result.low < result.mAP < result.high
     (3, True)
     """
-    ranking = _RankedColumns.of(*check_inputs(scores, targets, seeds_allowed=True))
-    (samples,), (maps,) = _resampled((ranking,), len(targets), num_resamples, seed)
+    samples, maps = resampled_maps(scores, targets, num_resamples, seed)
     found = two_level(samples, maps, confidence)
     shared = {name: value for name, value in asdict(found).items() if name not in ("estimate", "p_value")}
     return MapInterval(mAP=found.estimate, num_resamples=len(samples), num_images=len(targets), **shared)
@@ -139,19 +138,43 @@ def map_difference(
     >>> result.low > 0, result.p_value < 0.01, result.seeds
     (True, True, (3, 3))
     """
-    sides = (check_inputs(each, targets, seeds_allowed=True) for each in (scores_a, scores_b))
-    rankings = [_RankedColumns.of(*side) for side in sides]
-    seeds = (rankings[0].num_seeds, rankings[1].num_seeds)
+    (samples_a, maps_a), (samples_b, maps_b) = (
+        resampled_maps(scores, targets, num_resamples, seed) for scores in (scores_a, scores_b)
+    )
+    seeds = (len(maps_a), len(maps_b))
     if paired and seeds[0] != seeds[1]:
         raise ConfigError(f"paired models have one score for each run, got {seeds[0]} and {seeds[1]} seeds")
-    (samples_a, samples_b), (maps_a, maps_b) = _resampled(rankings, len(targets), num_resamples, seed)
     if paired:
         found = two_level(samples_a - samples_b, maps_a - maps_b, confidence)
     else:
-        found = _unpaired((samples_a, samples_b), (maps_a, maps_b), confidence)
+        found = two_level_difference(samples_a, maps_a, samples_b, maps_b, confidence)
     counted = {"num_resamples": len(samples_a), "num_images": len(targets), "seeds": seeds, "paired": paired}
     shared = {name: value for name, value in asdict(found).items() if name not in ("estimate", "seeds")}
     return MapDifference(difference=found.estimate, **shared, **counted)
+
+
+def resampled_maps(
+    scores: Array, targets: Array, num_resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """mAP of each seed on resamples of the test images, (R, S), and on the images as they are, (S,).
+
+    One seed draws the same images for any model. Arguments and errors are those of map_interval; R is num_resamples
+    less the resamples with no positive.
+    """
+    scores, targets = check_inputs(scores, targets, seeds_allowed=True)
+    if num_resamples < 2:
+        raise ConfigError(f"num_resamples must be at least 2, got {num_resamples}")
+    ranking, num_images = _RankedColumns.of(scores, targets), len(targets)
+    generator = np.random.default_rng(seed)
+    samples = np.empty((num_resamples, ranking.num_seeds))
+    for found in samples:
+        drawn = generator.integers(num_images, size=num_images)
+        found[:] = ranking.mean_average_precisions(np.bincount(drawn, minlength=num_images))
+    samples = samples[~np.isnan(samples[:, 0])]  # which resamples have no positive is the same for all seeds
+    if len(samples) < 2:
+        drew = f"{len(samples)} of {num_resamples} resamples drew a positive"
+        raise ConfigError(f"{drew}; two are needed: raise num_resamples or add images")
+    return samples, ranking.mean_average_precisions(np.ones(num_images, dtype=np.int64))
 
 
 def two_level(samples: np.ndarray, estimates: np.ndarray, confidence: float = 0.95) -> TwoLevelInterval:
@@ -178,31 +201,51 @@ def two_level(samples: np.ndarray, estimates: np.ndarray, confidence: float = 0.
     >>> round(found.estimate, 3), round(found.seed_error, 3), round(found.image_error, 1), found.low > 0
     (1.0, 0.058, 0.2, True)
     """
-    if samples.ndim != 2 or estimates.shape != samples.shape[1:] or not len(estimates):
-        raise ConfigError(f"samples must be (R, S) and estimates (S,), got {samples.shape} and {estimates.shape}")
-    samples = samples[~np.isnan(samples).any(axis=1)]
-    if len(samples) < 2:
-        samples = np.full((2, len(estimates)), np.nan)
-    covariance = _covariance(samples)
+    covariance = _covariance(_whole_samples(samples, estimates))
     image_variance = _between(covariance) if len(estimates) > 1 else float(covariance[0, 0])
     return _t_interval(float(np.mean(estimates)), [estimates], image_variance, confidence)
 
 
-def _unpaired(
-    samples: tuple[np.ndarray, np.ndarray], estimates: tuple[np.ndarray, np.ndarray], confidence: float
+def two_level_difference(
+    samples_a: np.ndarray,
+    estimates_a: np.ndarray,
+    samples_b: np.ndarray,
+    estimates_b: np.ndarray,
+    confidence: float = 0.95,
 ) -> TwoLevelInterval:
-    """Of mean(a) - mean(b), where each side's seeds are its own; samples (R, S_a) and (R, S_b).
+    """Interval and p-value of mean(a) - mean(b), where the seeds of each side are runs of its own.
 
-    The variance is s2_a / S_a + s2_b / S_b + max(0, Cov2_a + Cov2_b - 2 Cov3), Cov3 between seeds of the two sides.
+    Its variance is s2_a / S_a + s2_b / S_b + max(0, Cov2_a + Cov2_b - 2 Cov3), Cov3 being the mean covariance of a seed
+    of a and one of b. With one seed on a side it is that of the resampled difference.
+
+    Args:
+        samples_a, estimates_a: (R, S_a) and (S_a,), as in two_level; the resamples are the same for both sides.
+        samples_b, estimates_b: (R, S_b) and (S_b,).
+        confidence: strictly between 0 and 1.
+
+    Returns:
+        seeds is the smaller of both numbers; NaN as in two_level.
+
+    Raises:
+        ConfigError: the shapes do not fit; confidence out of range.
     """
-    count = len(estimates[0])
-    if min(map(len, estimates)) > 1:
-        covariance = _covariance(np.hstack(samples))
+    samples = _whole_samples(np.hstack((samples_a, samples_b)), np.concatenate((estimates_a, estimates_b)))
+    count, groups = len(estimates_a), (estimates_a, estimates_b)
+    covariance = _covariance(samples)
+    if min(map(len, groups)) > 1:
         within = _between(covariance[:count, :count]) + _between(covariance[count:, count:])
         image_variance = within - 2 * float(covariance[:count, count:].mean())
     else:
-        image_variance = float((samples[0].mean(axis=1) - samples[1].mean(axis=1)).var(ddof=1))
-    return _t_interval(float(estimates[0].mean() - estimates[1].mean()), estimates, image_variance, confidence)
+        image_variance = float((samples[:, :count].mean(axis=1) - samples[:, count:].mean(axis=1)).var(ddof=1))
+    return _t_interval(float(estimates_a.mean() - estimates_b.mean()), groups, image_variance, confidence)
+
+
+def _whole_samples(samples: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    """The resamples without a NaN; all NaN where there are not two."""
+    if samples.ndim != 2 or estimates.shape != samples.shape[1:] or not len(estimates):
+        raise ConfigError(f"samples must be (R, S) and estimates (S,), got {samples.shape} and {estimates.shape}")
+    whole = samples[~np.isnan(samples).any(axis=1)]
+    return whole if len(whole) > 1 else np.full((2, len(estimates)), np.nan)
 
 
 def _covariance(samples: np.ndarray) -> np.ndarray:
@@ -313,27 +356,6 @@ class _RankedColumns:
         total = np.cumsum(values)
         before = total[self.column_starts] - values[self.column_starts]
         return total - np.repeat(before, self.column_sizes)
-
-
-def _resampled(
-    rankings: Sequence[_RankedColumns], num_images: int, num_resamples: int, seed: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """mAP of every seed of each ranking: on each resample (R, S), the same images for all, and on the data (S,)."""
-    if num_resamples < 2:
-        raise ConfigError(f"num_resamples must be at least 2, got {num_resamples}")
-    generator = np.random.default_rng(seed)
-    every = np.ones(num_images, dtype=np.int64)
-    maps = [ranking.mean_average_precisions(every) for ranking in rankings]
-    samples = [np.empty((num_resamples, len(each))) for each in maps]
-    for i in range(num_resamples):
-        counts = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
-        for ranking, found in zip(rankings, samples, strict=True):
-            found[i] = ranking.mean_average_precisions(counts)
-    whole = ~np.isnan(samples[0][:, 0])  # which resamples have a positive is the same for all
-    if whole.sum() < 2:
-        drew = f"{whole.sum()} of {num_resamples} resamples drew a positive"
-        raise ConfigError(f"{drew}; two are needed: raise num_resamples or add images")
-    return [each[whole] for each in samples], maps
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
