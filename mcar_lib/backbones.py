@@ -50,10 +50,10 @@ class ReLU6(nn.ReLU6):
     torch's own keeps its input, a copy of it where it works in place; that is a third of what MobileNet-v2 keeps.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return super().forward(x)
-        clamped: Tensor = _ReLU6OfResult.apply(x, self.inplace)
+    def forward(self, input: Tensor) -> Tensor:
+        if not (input.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(input)
+        clamped: Tensor = _ReLU6OfResult.apply(input, self.inplace)
         return clamped
 
 
