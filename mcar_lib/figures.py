@@ -217,9 +217,8 @@ def photos_figure(released: "ReleasedModel", photos: Mapping[str, Path], num_reg
 
 def with_intervals(axes: Axes, x: Any, rows: pd.DataFrame, middle: str = "mAP", **style: Any) -> None:
     """The column middle of rows with bars from column low to high."""
-    # A percentile interval need not hold its own estimate.
     below, above = rows[middle] - rows["low"], rows["high"] - rows[middle]
-    axes.errorbar(x, rows[middle], np.vstack((below, above)).clip(min=0), capsize=3, **style)
+    axes.errorbar(x, rows[middle], np.vstack((below, above)), capsize=3, **style)
 
 
 def settings_with_intervals(table: pd.DataFrame, title: str) -> Figure:
@@ -246,9 +245,7 @@ def settings_with_intervals(table: pd.DataFrame, title: str) -> Figure:
     return made
 
 
-def accuracy_against_cost(
-    table: pd.DataFrame, title: str, costs: Sequence[str] = ("GMACs an image", "ms an image")
-) -> Figure:
+def accuracy_against_cost(table: pd.DataFrame, title: str, costs: Sequence[str] = ("GMACs an image",)) -> Figure:
     """Accuracy against cost, a panel for each cost (logarithmic), a line for each model, a label for each value.
 
     table: columns value, model, mAP, low, high (percent) and the costs; rows without mAP are left out.

@@ -1,12 +1,21 @@
-"""Intervals and p-values of mAP: bootstrap over the test images, paired where two models are compared, and Holm.
+"""Intervals and p-values that hold training seeds and test images together, and Holm.
 
-The source is this project: neither the paper nor its released code gives intervals. n is the number of images, K of
-classes, S of seeds; scores and targets are those of mcar_lib.metrics.
+A mAP would be another one with other seeds and with other test images. Both are held as readers and cases are in
+multi-reader multi-case studies, where every reader (here: a seed) judges the same cases (here: test images):
+Obuchowski and Rockette, Communications in Statistics - Simulation and Computation 24 (1995) 285-308. The variance of a
+mean over S seeds is s2 / S + Cov2: s2 is the sample variance over seeds on the test images as they are, Cov2 the mean
+covariance between two seeds when images are resampled. Only covariances come from resamples, so an interval has its
+estimate in the middle, though copies of an image tie and lift the mAP of a resample. Degrees of freedom as in Hillis,
+Statistics in Medicine 26 (2007) 596-619; two arms whose runs are different trainings are readers nested in a test,
+Hillis, Statistics in Medicine 33 (2014) 330-360. How often it errs is counted by benchmarks/calibration.py.
+
+The use here is this project's: neither the paper nor its released code gives intervals. n is the number of images, K of
+classes, S of seeds, R of resamples; scores and targets are those of mcar_lib.metrics.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -15,21 +24,47 @@ from torch import Tensor
 from mcar_lib.errors import ConfigError
 from mcar_lib.metrics import Array, check_inputs, rank_images
 
+DIGITS = 12  # kept of an estimate: float64 noise would decide on which side of 0 two equal models fall
+
 
 @dataclass(frozen=True)
-class BootstrapInterval:
-    """mAP of one model and its percentile interval [low, high]."""
+class TwoLevelInterval:
+    """A mean over seeds, its t interval [low, high], and the two-sided p-value of "it is 0".
+
+    seed_error, image_error: the parts of its standard error, whose squares add up. With one seed the first cannot be
+    known: seed_error and p_value are NaN, and the interval holds the images alone. degrees_of_freedom: of the t
+    distribution; infinite where only images vary.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    p_value: float
+    seeds: int
+    seed_error: float
+    image_error: float
+    degrees_of_freedom: float
+
+
+@dataclass(frozen=True)
+class MapInterval:
+    """mAP of one model, the mean over its seeds, with the interval of TwoLevelInterval."""
 
     mAP: float  # noqa: N815 (the field's own name)
     low: float
     high: float
     num_resamples: int
     num_images: int
+    seeds: int
+    seed_error: float
+    image_error: float
+    degrees_of_freedom: float
 
 
 @dataclass(frozen=True)
-class BootstrapResult:
-    """mAP(a) - mAP(b), its percentile interval [low, high], and the p-value of "no difference"."""
+class MapDifference:
+    """mAP(a) - mAP(b), each the mean over its seeds, with interval and p-value as in TwoLevelInterval; seeds: of a and
+    of b; paired: whether both are the same training runs."""
 
     difference: float
     low: float
@@ -37,23 +72,25 @@ class BootstrapResult:
     p_value: float
     num_resamples: int
     num_images: int
+    seeds: tuple[int, int]
+    seed_error: float
+    image_error: float
+    degrees_of_freedom: float
+    paired: bool
 
 
-def bootstrap_interval(
+def map_interval(
     scores: Array, targets: Array, num_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
-) -> BootstrapInterval:
-    """Percentile interval of one model's mAP over resamples of the test images.
+) -> MapInterval:
+    """Interval of one model's mAP over seeds and test images.
 
-    It says how far mAP depends on which images were tested, not on the training seed. Equal scores share one rank, as
-    in average_precision, and so do the copies of an image in a resample; this lifts a resample's mAP
-    a little (with few positives a class, by a fraction of the interval's width). A class without positives in
-    a resample is left out of its mAP; a resample with no positive at all is left out, and num_resamples
-    counts the rest. The source is this project: neither the paper nor its released code gives intervals.
+    Equal scores share one rank, as in average_precision. A class without positives in a resample of the images is left
+    out of its mAP; a resample with no positive at all is left out, and num_resamples counts the rest.
 
     Args:
-        scores: (n, K), or (S, n, K) for S seeds on the same images: the statistic is the mean of their mAPs.
+        scores: (n, K), or (S, n, K) for S seeds on the same images.
         targets: (n, K) of 1, 0 and -1 (skipped).
-        num_resamples: at least 1.
+        num_resamples: at least 2.
         seed: of the NumPy generator that draws the resamples; the same seed gives the same result.
         confidence: strictly between 0 and 1.
 
@@ -61,54 +98,157 @@ def bootstrap_interval(
         ConfigError: as average_precision; num_resamples or confidence out of range; no class has a positive.
 
     >>> import torch
-    >>> scores = torch.arange(40.0)[:, None]
-    >>> bootstrap_interval(scores, scores >= 20, num_resamples=100)
-    BootstrapInterval(mAP=1.0, low=1.0, high=1.0, num_resamples=100, num_images=40)
+    >>> noise = torch.randn(3, 200, 1, generator=torch.Generator().manual_seed(0))
+    >>> targets = torch.arange(200).remainder(2)[:, None]
+    >>> result = map_interval(targets + noise, targets, num_resamples=200)
+    >>> result.seeds, result.low < result.mAP < result.high
+    (3, True)
     """
     ranking = _RankedColumns.of(*check_inputs(scores, targets, seeds_allowed=True))
-    samples, value, low, high = _bootstrap(
-        ranking.mean_average_precision, len(targets), num_resamples, seed, confidence
-    )
-    return BootstrapInterval(value, low, high, len(samples), len(targets))
+    (samples,), (maps,) = _resampled((ranking,), len(targets), num_resamples, seed)
+    found = two_level(samples, maps, confidence)
+    shared = {name: value for name, value in asdict(found).items() if name not in ("estimate", "p_value")}
+    return MapInterval(mAP=found.estimate, num_resamples=len(samples), num_images=len(targets), **shared)
 
 
-def paired_bootstrap(
+def map_difference(
     scores_a: Array,
     scores_b: Array,
     targets: Array,
     num_resamples: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
-) -> BootstrapResult:
-    """Percentile interval and two-sided p-value of mAP(a) - mAP(b), both models on the same resampled images.
+    paired: bool = False,
+) -> MapDifference:
+    """Interval and p-value of mAP(a) - mAP(b) over seeds and test images, both models on the same resampled images.
 
-    Resamples, ties, empty classes, source and errors are as in bootstrap_interval. The p-value is
-    min(1, 2 min(P(difference <= 0), P(difference >= 0))), each P being (count + 1) / (num_resamples + 1).
+    Resamples, ties, empty classes and errors are as in map_interval.
 
     Args:
-        scores_a: (n, K), or (S, n, K) for S seeds: the statistic is the mean of their mAPs.
-        scores_b: as scores_a; S may differ.
+        scores_a: (n, K), or (S, n, K) for S seeds.
+        scores_b: as scores_a; S may differ unless paired.
         targets: (n, K) of 1, 0 and -1 (skipped).
-        num_resamples, seed, confidence: as in bootstrap_interval.
+        num_resamples, seed, confidence: as in map_interval.
+        paired: scores_a[s] and scores_b[s] come from one training run (another stream, other values in the test), so
+            that what varies over seeds is their difference.
 
     >>> import torch
-    >>> generator = torch.Generator().manual_seed(0)
+    >>> noise = torch.randn(2, 3, 200, 1, generator=torch.Generator().manual_seed(0))
     >>> targets = torch.arange(200).remainder(2)[:, None]
-    >>> noise = torch.randn(200, 1, generator=generator)
-    >>> result = paired_bootstrap(3 * targets + noise, targets + noise, targets, num_resamples=200)
-    >>> result.low > 0, round(result.p_value, 3)
-    (True, 0.01)
+    >>> result = map_difference(3 * targets + noise[0], targets + noise[1], targets, num_resamples=200)
+    >>> result.low > 0, result.p_value < 0.01, result.seeds
+    (True, True, (3, 3))
     """
-    ranking_a = _RankedColumns.of(*check_inputs(scores_a, targets, seeds_allowed=True))
-    ranking_b = _RankedColumns.of(*check_inputs(scores_b, targets, seeds_allowed=True))
+    sides = (check_inputs(each, targets, seeds_allowed=True) for each in (scores_a, scores_b))
+    rankings = [_RankedColumns.of(*side) for side in sides]
+    seeds = (rankings[0].num_seeds, rankings[1].num_seeds)
+    if paired and seeds[0] != seeds[1]:
+        raise ConfigError(f"paired models have one score for each run, got {seeds[0]} and {seeds[1]} seeds")
+    (samples_a, samples_b), (maps_a, maps_b) = _resampled(rankings, len(targets), num_resamples, seed)
+    if paired:
+        found = two_level(samples_a - samples_b, maps_a - maps_b, confidence)
+    else:
+        found = _unpaired((samples_a, samples_b), (maps_a, maps_b), confidence)
+    counted = {"num_resamples": len(samples_a), "num_images": len(targets), "seeds": seeds, "paired": paired}
+    shared = {name: value for name, value in asdict(found).items() if name not in ("estimate", "seeds")}
+    return MapDifference(difference=found.estimate, **shared, **counted)
 
-    def difference(counts: np.ndarray) -> float:
-        # Rounded, or float64 noise would decide on which side of 0 two equal models fall.
-        return round(ranking_a.mean_average_precision(counts) - ranking_b.mean_average_precision(counts), 12)
 
-    samples, value, low, high = _bootstrap(difference, len(targets), num_resamples, seed, confidence)
-    one_sided = (min(int((samples <= 0).sum()), int((samples >= 0).sum())) + 1) / (len(samples) + 1)
-    return BootstrapResult(value, low, high, min(1.0, 2 * one_sided), len(samples), len(targets))
+def two_level(samples: np.ndarray, estimates: np.ndarray, confidence: float = 0.95) -> TwoLevelInterval:
+    """Interval and p-value of the mean over seeds of any statistic of the test images, or of a difference that each
+    seed has of its own (paired).
+
+    Its variance is s2 / S + max(0, Cov2), its degrees of freedom (S - 1) (variance / (s2 / S))^2.
+
+    Args:
+        samples: (R, S), the statistic of each seed on each resample of the images, the same images for all seeds;
+            rows with a NaN are left out.
+        estimates: (S,), the statistic of each seed on the images as they are.
+        confidence: strictly between 0 and 1.
+
+    Returns:
+        All numbers NaN where an estimate is, or where fewer than two resamples are left.
+
+    Raises:
+        ConfigError: the shapes do not fit; confidence out of range.
+
+    >>> generator = np.random.default_rng(0)
+    >>> images, seeds = generator.normal(size=(2000, 1)), np.array([0.9, 1.0, 1.1])
+    >>> found = two_level(seeds + 0.2 * images, seeds)
+    >>> round(found.estimate, 3), round(found.seed_error, 3), round(found.image_error, 1), found.low > 0
+    (1.0, 0.058, 0.2, True)
+    """
+    if samples.ndim != 2 or estimates.shape != samples.shape[1:] or not len(estimates):
+        raise ConfigError(f"samples must be (R, S) and estimates (S,), got {samples.shape} and {estimates.shape}")
+    samples = samples[~np.isnan(samples).any(axis=1)]
+    if len(samples) < 2:
+        samples = np.full((2, len(estimates)), np.nan)
+    covariance = _covariance(samples)
+    image_variance = _between(covariance) if len(estimates) > 1 else float(covariance[0, 0])
+    return _t_interval(float(np.mean(estimates)), [estimates], image_variance, confidence)
+
+
+def _unpaired(
+    samples: tuple[np.ndarray, np.ndarray], estimates: tuple[np.ndarray, np.ndarray], confidence: float
+) -> TwoLevelInterval:
+    """Of mean(a) - mean(b), where each side's seeds are its own; samples (R, S_a) and (R, S_b).
+
+    The variance is s2_a / S_a + s2_b / S_b + max(0, Cov2_a + Cov2_b - 2 Cov3), Cov3 between seeds of the two sides.
+    """
+    count = len(estimates[0])
+    if min(map(len, estimates)) > 1:
+        covariance = _covariance(np.hstack(samples))
+        within = _between(covariance[:count, :count]) + _between(covariance[count:, count:])
+        image_variance = within - 2 * float(covariance[:count, count:].mean())
+    else:
+        image_variance = float((samples[0].mean(axis=1) - samples[1].mean(axis=1)).var(ddof=1))
+    return _t_interval(float(estimates[0].mean() - estimates[1].mean()), estimates, image_variance, confidence)
+
+
+def _covariance(samples: np.ndarray) -> np.ndarray:
+    """(R, S) -> (S, S)."""
+    return np.atleast_2d(np.cov(samples, rowvar=False))
+
+
+def _between(covariance: np.ndarray) -> float:
+    """Mean covariance of two different seeds."""
+    count = len(covariance)
+    return float((covariance.sum() - covariance.trace()) / (count * (count - 1)))
+
+
+def _t_interval(
+    estimate: float, groups: Sequence[np.ndarray], image_variance: float, confidence: float
+) -> TwoLevelInterval:
+    """groups: the statistic of each seed, (S,), of each independent group of runs."""
+    from scipy import stats  # only where intervals are asked for: training does without
+
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+    estimate, image_variance = round(estimate, DIGITS), float(np.maximum(image_variance, 0.0))  # a NaN stays
+    known = all(len(group) > 1 for group in groups)
+    parts = [float(group.var(ddof=1)) / len(group) for group in groups] if known else []
+    variance = sum(parts) + image_variance
+    # Satterthwaite's, the part of the images taken as known
+    doubt = sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=known))
+    freedom = variance**2 / doubt if doubt > 0 else math.inf
+    error = math.sqrt(variance)
+    reach = error * float(stats.t.ppf((1 + confidence) / 2, freedom))
+    if not known:
+        p_value = math.nan
+    elif error == 0:
+        p_value = float(estimate == 0)
+    else:
+        p_value = float(2 * stats.t.sf(abs(estimate) / error, freedom))
+    return TwoLevelInterval(
+        estimate=estimate,
+        low=estimate - reach,
+        high=estimate + reach,
+        p_value=p_value,
+        seeds=min(map(len, groups)),
+        seed_error=math.sqrt(sum(parts)) if known else math.nan,
+        image_error=math.sqrt(image_variance),
+        degrees_of_freedom=freedom,
+    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +266,7 @@ class _RankedColumns:
     group_starts: np.ndarray  # (G,) first positive of each group
     column_starts: np.ndarray  # (C,) first group of each column
     column_sizes: np.ndarray  # (C,) groups of each column
+    num_seeds: int
 
     @classmethod
     def of(cls, scores: Tensor, targets: Tensor) -> "_RankedColumns":
@@ -150,20 +291,23 @@ class _RankedColumns:
             group_starts=group_starts,
             column_starts=np.cumsum(sizes) - sizes,
             column_sizes=sizes,
+            num_seeds=columns.shape[1] // targets.shape[1],
         )
 
-    def mean_average_precision(self, counts: np.ndarray) -> float:
-        """mAP where image i occurs counts[i] times, mean over seeds; NaN when no positive occurs."""
+    def mean_average_precisions(self, counts: np.ndarray) -> np.ndarray:
+        """mAP of each seed, (S,), where image i occurs counts[i] times; NaN when no positive occurs."""
         copies = np.add.reduceat(counts[self.positive_images], self.group_starts)  # (G,)
         hits = self._running_sum(copies)
         rank = self._running_sum(np.add.reduceat(counts[self.images], self.segment_starts))
         precision = copies * hits / np.maximum(rank, 1)
         num_positive = np.add.reduceat(copies, self.column_starts)  # (C,)
-        present = num_positive > 0
+        # The targets decide which classes have a column and a positive: the same for every seed.
+        present = num_positive.reshape(self.num_seeds, -1)[0] > 0
         if not present.any():
-            return math.nan
-        # The targets decide which classes are present: the same for every seed, so one mean serves for both.
-        return float((np.add.reduceat(precision, self.column_starts)[present] / num_positive[present]).mean())
+            return np.full(self.num_seeds, math.nan)
+        ap = np.add.reduceat(precision, self.column_starts) / np.maximum(num_positive, 1)
+        means: np.ndarray = ap.reshape(self.num_seeds, -1)[:, present].mean(axis=1)
+        return means
 
     def _running_sum(self, values: np.ndarray) -> np.ndarray:
         total = np.cumsum(values)
@@ -171,36 +315,36 @@ class _RankedColumns:
         return total - np.repeat(before, self.column_sizes)
 
 
-def _bootstrap(
-    statistic: Callable[[np.ndarray], float],
-    num_images: int,
-    num_resamples: int,
-    seed: int,
-    confidence: float,
-) -> tuple[np.ndarray, float, float, float]:
-    """The statistic of each resample, of the data itself, and the two ends of its percentile interval."""
-    if num_resamples < 1:
-        raise ConfigError(f"num_resamples must be at least 1, got {num_resamples}")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+def _resampled(
+    rankings: Sequence[_RankedColumns], num_images: int, num_resamples: int, seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """mAP of every seed of each ranking: on each resample (R, S), the same images for all, and on the data (S,)."""
+    if num_resamples < 2:
+        raise ConfigError(f"num_resamples must be at least 2, got {num_resamples}")
     generator = np.random.default_rng(seed)
-    samples = np.empty(num_resamples)
+    every = np.ones(num_images, dtype=np.int64)
+    maps = [ranking.mean_average_precisions(every) for ranking in rankings]
+    samples = [np.empty((num_resamples, len(each))) for each in maps]
     for i in range(num_resamples):
-        drawn = generator.integers(num_images, size=num_images)
-        samples[i] = statistic(np.bincount(drawn, minlength=num_images))
-    samples = samples[~np.isnan(samples)]
-    if len(samples) == 0:
-        raise ConfigError(f"none of {num_resamples} resamples drew a positive: raise num_resamples or add images")
-    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return samples, statistic(np.ones(num_images, dtype=np.int64)), float(low), float(high)
+        counts = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
+        for ranking, found in zip(rankings, samples, strict=True):
+            found[i] = ranking.mean_average_precisions(counts)
+    whole = ~np.isnan(samples[0][:, 0])  # which resamples have a positive is the same for all
+    if whole.sum() < 2:
+        drew = f"{whole.sum()} of {num_resamples} resamples drew a positive"
+        raise ConfigError(f"{drew}; two are needed: raise num_resamples or add images")
+    return [each[whole] for each in samples], maps
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for how many there are, by Holm's step-down method (Scandinavian J. of Statistics 6, 1979)."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, highest = [0.0] * len(p_values), 0.0
+    """p-values adjusted for how many there are, by Holm's step-down method (Scandinavian J. of Statistics 6, 1979).
+
+    A NaN (there is no p-value) stays one and does not count.
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, highest = [math.nan] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted
 

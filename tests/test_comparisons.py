@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from statistics import fmean
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from mcar_lib.errors import ConfigError, DataError
 from mcar_lib.metrics import average_precision
 from mcar_lib.runs import (
     NO_DIFFERENCE,
+    ONE_SEED,
     STREAMS,
     Failure,
     Record,
@@ -28,7 +29,7 @@ from mcar_lib.runs import (
 from mcar_lib.runs.records import Prediction, evaluation_id
 
 OpenRuns = Callable[..., Runs]
-PAIRED = comparisons.paired_bootstrap
+DIFFERENCE = comparisons.map_difference
 Groups = tuple[list[Record], list[Record]]
 
 
@@ -39,8 +40,8 @@ def record(runs: Runs, tiny_config: RunConfig) -> Record:
 
 @pytest.fixture
 def groups(runs: Runs, tiny_config: RunConfig) -> Groups:
-    """MCAR with two seeds, and the global stream alone with one."""
-    configs = [tiny_config, tiny_config.vary(seed=1), tiny_config.vary(local_stream=False)]
+    """MCAR and the global stream alone, two seeds each."""
+    configs = [tiny_config.vary(seed=seed, local_stream=local) for local in (True, False) for seed in (0, 1)]
     made = [runs.run(config) for config in configs]
     return made[:2], made[2:]
 
@@ -131,6 +132,32 @@ def test_a_comparison_has_an_interval_and_a_p_value(runs: Runs, groups: Groups) 
     found = compare(runs, *groups)
     assert found["low"] <= found["difference"] <= found["high"]
     assert 0 < found["p_value"] <= 1
+    assert (found["seeds"], found["paired"]) == ([2, 2], False)
+    assert found["seed_error"] > 0
+    assert found["degrees_of_freedom"] > 1
+
+
+def test_the_same_runs_on_both_sides_are_pairs(runs: Runs, groups: Groups) -> None:
+    streams = [[record.prediction(stream) for record in groups[0]] for stream in ("fused", "global")]
+    scores = [
+        torch.stack([getattr(runs.scores(record.config), name) for record in groups[0]])
+        for name in ("fused", "global_scores")
+    ]
+    targets = runs.data(groups[0][0].config).test.targets
+    found, pairs = compare(runs, *streams), DIFFERENCE(*scores, targets, 20, paired=True)
+    assert (found["low"], found["p_value"], found["paired"]) == (pairs.low, pairs.p_value, True)
+    assert not compare(runs, streams[0], streams[1][::-1])["paired"]  # in another order they are not each other's
+
+
+def test_a_comparison_with_one_seed_has_no_p_value_in_its_record(
+    runs: Runs, open_runs: OpenRuns, groups: Groups
+) -> None:
+    made = compare(runs, groups[0], groups[1][:1])
+    (path,) = (runs.local_folder / "comparisons").glob("*.json")
+    content = json.loads(path.read_text())
+    assert [content[name] for name in ("p_value", "seed_error", "degrees_of_freedom")] == [None] * 3
+    assert (content["seeds"], content["low"]) == ([2, 1], made["low"])
+    assert str(compare(open_runs(), groups[0], groups[1][:1])["p_value"]) == str(made["p_value"]) == "nan"
 
 
 def test_a_comparison_names_the_runs_of_both_groups(runs: Runs, groups: Groups) -> None:
@@ -151,7 +178,11 @@ def test_a_comparison_read_by_other_definitions_is_made_anew(
     compare(open_runs(), *groups)
     monkeypatch.setattr(comparisons, "comparison_fingerprint", lambda: "another")
     computed: list[str] = []
-    monkeypatch.setattr(comparisons, "paired_bootstrap", lambda *given: computed.append("here") or PAIRED(*given))
+    monkeypatch.setattr(
+        comparisons,
+        "map_difference",
+        lambda *given, **options: computed.append("here") or DIFFERENCE(*given, **options),
+    )
     compare(open_runs(), *groups)
     assert computed == ["here"]
 
@@ -206,9 +237,8 @@ def test_a_group_s_row_has_the_mean_of_its_seeds_with_the_interval_and_the_cost(
     assert [row["low"], row["high"]] == [100 * found["low"], 100 * found["high"]]
     assert row["M parameters"] == group[0].content["cost"]["parameters"] / 1e6
     assert row["GMACs an image"] == group[0].content["cost"]["macs_per_image"] / 1e9
-    assert row["ms an image"] == pytest.approx(
-        fmean(1000 * each.content["cost"]["test_seconds"] / (2 * 16) for each in group)  # epochs, test images
-    )
+    assert row["sd over seeds"] == pytest.approx(100 * stdev(record.map() for record in group))
+    assert summarise(runs, group[:1])["sd over seeds"] is None
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -262,13 +292,16 @@ def test_a_tampered_record_changes_the_table(open_runs: OpenRuns, record: Record
 # ---- differences and findings
 
 
+SEEDS = {"seeds": [5, 3], "paired": False}
+
+
 def with_p_values(monkeypatch: pytest.MonkeyPatch, p_values: list[float]) -> None:
     """Comparisons whose p-values, adjusted, are these; every second difference is below zero."""
     found = iter(range(len(p_values)))
 
-    def compared(*args: object) -> dict[str, float]:
+    def compared(*args: object) -> dict[str, object]:
         sign = 1 if next(found) % 2 == 0 else -1
-        return {"difference": 0.012 * sign, "low": -0.004, "high": 0.03, "p_value": 0.001}
+        return {"difference": 0.012 * sign, "low": -0.004, "high": 0.03, "p_value": 0.001, **SEEDS}
 
     monkeypatch.setattr(comparisons, "compare", compared)
     monkeypatch.setattr(comparisons, "holm", lambda plain: p_values[: len(plain)])
@@ -286,6 +319,7 @@ def test_a_difference_is_told_in_points_with_both_p_values(runs: Runs, monkeypat
         "high": pytest.approx(3.0),
         "p": 0.001,
         "p (Holm)": 0.049,
+        "seeds": "5 and 3",
         "finding": "higher",
     }
 
@@ -318,3 +352,34 @@ def test_a_significant_difference_is_told_with_its_interval_and_the_others_count
 def test_when_all_are_significant_no_others_are_counted(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with_p_values(monkeypatch, [0.01] * 3)
     assert "comparisons" not in told(differences(runs, PAIRS))
+
+
+def test_one_seed_is_no_finding_and_does_not_count_in_holm(runs: Runs, groups: Groups) -> None:
+    """However clear the difference looks."""
+    pairs = {"whole": groups, "one": (groups[0], groups[1][:1]), "same run": (groups[0][:1], groups[0][:1])}
+    rows = differences(runs, pairs)
+    assert rows[0]["p (Holm)"] == rows[0]["p"]
+    assert [row["seeds"] for row in rows] == ["2 and 2", "2 and 1", "1 pair"]
+    assert [(row["p"], row["p (Holm)"], row["finding"]) for row in rows[1:]] == [(None, None, ONE_SEED)] * 2
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in rows)
+
+
+def test_pairs_of_the_same_runs_are_counted_as_pairs(runs: Runs, groups: Groups) -> None:
+    streams = tuple([record.prediction(stream) for record in groups[0]] for stream in ("fused", "global"))
+    assert differences(runs, {"second look": streams})[0]["seeds"] == "2 pairs"  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("findings", "expected"),
+    [
+        ([ONE_SEED, ONE_SEED], f"2 of 2 comparisons have {ONE_SEED}."),
+        (["higher", ONE_SEED], f"a: +1.0 (+0.0 to +2.0) points of mAP. 1 of 2 comparisons has {ONE_SEED}."),
+        (
+            [NO_DIFFERENCE, ONE_SEED],
+            f"In 1 of 2 comparisons: {NO_DIFFERENCE}. 1 of 2 comparisons has {ONE_SEED}.",
+        ),
+    ],
+)
+def test_comparisons_of_one_seed_are_counted(findings: list[str], expected: str) -> None:
+    ends = {"difference": 1.0, "low": 0.0, "high": 2.0}
+    assert told([{"compared": "a", **ends, "finding": finding} for finding in findings]) == expected

@@ -53,12 +53,6 @@ def test_accuracy_stands_over_cost_model_by_model() -> None:
         assert line.get_ydata(orig=False).tolist() == of_model["mAP"].tolist()
 
 
-def test_a_bar_never_has_a_negative_length() -> None:
-    _, (axes,) = figures.figure()
-    figures.with_intervals(axes, [0], pd.DataFrame({"mAP": [5.0], "low": [5.5], "high": [6.0]}))
-    assert drawn(axes, 0) == ([5.0], [[5.0, 6.0]])
-
-
 def test_nothing_is_drawn_where_nothing_was_measured() -> None:
     _, (axes,) = figures.figure()
     figures.with_intervals(axes, [0], pd.DataFrame({"mean": [np.nan], "low": [np.nan], "high": [np.nan]}), "mean")

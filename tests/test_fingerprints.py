@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mcar_lib.files import project_root
-from mcar_lib.intervals import bootstrap_interval, paired_bootstrap
+from mcar_lib.intervals import map_difference, map_interval
 from mcar_lib.runs import BASELINE, Record, RunConfig, Runs, fingerprints, load_profile, read_records
 from mcar_lib.runs.fingerprints import SAME_NUMBERS, accepted, fingerprint, fingerprint_of
 from mcar_lib.runs.records import run_id_of
@@ -253,8 +253,8 @@ NO_NUMBERS = {
     "another progress title": ("runs.splits", 'f"reading {images.title} at {size} px"', '"reading"'),
     "progress itself": ("progress", "leave=False", "leave=True"),
     "errors": ("errors", "class MCARError(Exception):", "class MCARError(RuntimeError):"),
-    "bootstrap": ("intervals", "(1 - confidence) / 2, (1 + confidence) / 2", "0, 1"),
-    "Holm": ("intervals", "(len(p_values) - rank) * p_values[i]", "p_values[i]"),
+    "bootstrap": ("intervals", "variance**2 / doubt if", "1.0 if"),
+    "Holm": ("intervals", "(len(order) - rank) * p_values[i]", "p_values[i]"),
     "what a run ran on": ("runs.environment", '"processor": _processor_name(),', ""),
     "title of a data set": ("data.image_set", "without labels", "unlabelled"),
     "a finding": ("runs.comparisons", "SIGNIFICANT = 0.05", "SIGNIFICANT = 0.01"),
@@ -274,15 +274,15 @@ def test_a_change_of_no_number_keeps_the_fingerprint(today: str, edit: Edit, cha
 
 
 def test_intervals_have_a_fingerprint_of_their_own(edit: Edit) -> None:
-    before = fingerprint(bootstrap_interval, paired_bootstrap)
-    edit("mcar_lib.intervals", "(1 - confidence) / 2, (1 + confidence) / 2", "0, 1")
-    assert fingerprint(bootstrap_interval, paired_bootstrap) != before
+    before = fingerprint(map_interval, map_difference)
+    edit("mcar_lib.intervals", "variance**2 / doubt if", "1.0 if")
+    assert fingerprint(map_interval, map_difference) != before
 
 
 def test_intervals_depend_on_how_images_are_ranked(edit: Edit) -> None:
-    before = fingerprint(bootstrap_interval, paired_bootstrap)
+    before = fingerprint(map_interval, map_difference)
     edit("mcar_lib.metrics", "descending=True, stable=True)\n    is_last", "stable=True)\n    is_last")
-    assert fingerprint(bootstrap_interval, paired_bootstrap) != before
+    assert fingerprint(map_interval, map_difference) != before
 
 
 FOR_SCORES = "from typing import NamedTuple\nfrom mcar_lib.model import fuse\n"

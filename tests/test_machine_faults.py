@@ -246,7 +246,7 @@ def test_two_sessions_that_ask_for_one_comparison_make_it_once(
 ) -> None:
     made: list[object] = []
     found: list[object] = []
-    bootstrap = comparisons.bootstrap_interval
+    bootstrap = comparisons.map_interval
     together = threading.Barrier(2)
 
     def slow(*args: Any) -> Any:
@@ -259,14 +259,14 @@ def test_two_sessions_that_ask_for_one_comparison_make_it_once(
         together.wait()
         found.append(compare(runs, [record], []))
 
-    monkeypatch.setattr(comparisons, "bootstrap_interval", slow)
+    monkeypatch.setattr(comparisons, "map_interval", slow)
     monkeypatch.setattr(comparisons, "fingerprint", lambda *roots: "bootstraps")
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(made), found[0]) == (1, found[1])
+    assert (len(made), str(found[0])) == (1, str(found[1]))  # as text, NaN equals NaN
     assert "waiting for another session that makes comparisons/" in capsys.readouterr().out
 
 
@@ -458,7 +458,7 @@ def use(kind: str, path: Path, content: Any) -> None:
             _ = Prediction(found).cost
     elif kind == "evaluations":
         assert isinstance(100 * content["metrics"]["fused"]["mAP"], float)
-        assert content["cost"]["milliseconds_per_image"] + content["cost"]["macs_per_image"] is not None
+        assert content["cost"]["macs_per_image"] is not None
     else:
         assert isinstance(100 * content["low"] + 100 * content["difference" if content["b"] else "mAP"], float)
 

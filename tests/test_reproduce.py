@@ -202,8 +202,11 @@ def write_record(path: Path, run_id: str, arithmetic: str | None = None) -> None
 
 def write_comparison(path: Path, a: str, b: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
-    path.write_text(json.dumps({"format": 1, "a": [a], "b": [b], "runs": [a, b], **numbers}))
+    ends = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    numbers = {**ends, **dict.fromkeys(("seed_error", "image_error", "degrees_of_freedom"), 1.0)}
+    path.write_text(
+        json.dumps({"format": 1, "a": [a], "b": [b], "runs": [a, b], "seeds": [1, 1], "paired": False, **numbers})
+    )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from mcar_lib.runs.comparisons import (
     NO_DIFFERENCE,
+    ONE_SEED,
     compare,
     differences,
     grouped,
@@ -22,6 +23,7 @@ __all__ = [
     "BASELINE",
     "METHOD",
     "NO_DIFFERENCE",
+    "ONE_SEED",
     "OPERATING_POINTS",
     "STREAMS",
     "Axis",

@@ -1,20 +1,20 @@
 """What runs say beside one another: tests with other values, intervals of mAP, paired differences, and their finding.
 
-A group is the runs of one setting, one a seed; its mAP is the mean over them. Intervals and p-values come from a
-bootstrap over the test images, the same for both sides of a difference (mcar_lib.intervals). All that is computed from
+A group is the runs of one setting, one a seed; its mAP is the mean over them. Intervals and p-values hold seeds and
+test images together, the same images for both sides of a difference (mcar_lib.intervals). All that is computed from
 scores is kept as a record, so it can be shown where there are no scores.
 """
 
-import time
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
 from mcar_lib.files import content_id
-from mcar_lib.intervals import bootstrap_interval, holm, paired_bootstrap
+from mcar_lib.intervals import holm, map_difference, map_interval
 from mcar_lib.metrics import average_precision
 from mcar_lib.progress import say
 from mcar_lib.runs.config import RunConfig
@@ -30,6 +30,7 @@ from mcar_lib.training import StreamScores
 SIGNIFICANT = 0.05
 SAME_MAP = 1e-6  # difference in mAP, a fraction, that the scores of a record may have from it
 NO_DIFFERENCE = "no difference that this data can show"
+ONE_SEED = "one seed: no finding"
 Found = Record | Prediction | Failure
 
 
@@ -41,7 +42,7 @@ def tested(runs: Runs, record: Record, **changes: Value) -> Prediction:
         return record.prediction()
 
     def evaluated() -> dict[str, Any]:
-        scores, seconds = _scores_with(runs, config, differing)
+        scores = _scores_with(runs, config, differing)
         images = runs.data(config).test
         mcar = build_model(config.vary(**differing), len(images.classes), weights="none")
         return {
@@ -50,10 +51,7 @@ def tested(runs: Runs, record: Record, **changes: Value) -> Prediction:
             "label": config.label,
             "changes": differing,
             "metrics": {"epoch": config.epochs, **stream_metrics(scores, images)},
-            "cost": {
-                "macs_per_image": count_macs(mcar, config.image_size),
-                "milliseconds_per_image": 1000 * seconds / len(images),
-            },
+            "cost": {"macs_per_image": count_macs(mcar, config.image_size)},
             "environment": describe_environment(runs.profile.threads),
         }
 
@@ -61,29 +59,27 @@ def tested(runs: Runs, record: Record, **changes: Value) -> Prediction:
     return Prediction(record, differing, evaluation=runs.keep("evaluations", name, arithmetic_fingerprint(), evaluated))
 
 
-def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) -> tuple[StreamScores, float]:
-    """Test scores of a run with other values than its own, and the seconds they took; made once and kept."""
+def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) -> StreamScores:
+    """Test scores of a run with other values than its own; made once and kept."""
 
-    def score() -> tuple[StreamScores, float]:
-        mcar = runs.trained_model(config, **changes)
-        runs.splits.squares(runs.data(config).test, config.image_size)  # read before the clock starts
-        started = time.monotonic()
-        return runs.evaluated(config, mcar), time.monotonic() - started
+    def score() -> StreamScores:
+        return runs.evaluated(config, runs.trained_model(config, **changes))
 
     shape = tuple(runs.data(config).test.targets.shape)
     return runs.outcome(config).scores_of(evaluation_id("", changes), shape, score)
 
 
 def interval(runs: Runs, group: Sequence[Record | Prediction], epoch: str = "last") -> Mapping[str, Any]:
-    """mAP of a group and its 95 % interval over test images, as fractions."""
+    """mAP of a group and its 95 % interval, as fractions: the fields of MapInterval."""
     return compare(runs, group, (), epoch)
 
 
 def compare(
     runs: Runs, a: Sequence[Record | Prediction], b: Sequence[Record | Prediction], epoch: str = "last"
 ) -> Mapping[str, Any]:
-    """mAP(a) - mAP(b), each the mean over its runs, with a paired 95 % interval and its p-value, as fractions; with an
-    empty b as interval. Kept as a record that is found again by the runs' ids."""
+    """mAP(a) - mAP(b), each the mean over its runs, with its 95 % interval and p-value, as fractions: the fields of
+    MapDifference; with an empty b as interval. Paired where both sides are the same runs in the same order. Kept as a
+    record that is found again by the runs' ids; what there is no number for is NaN in it."""
     sides = [[each.prediction() if isinstance(each, Record) else each for each in side] for side in (a, b)]
     resamples = runs.profile.bootstrap_resamples
     ids = [[each.id for each in side] for side in sides]
@@ -92,30 +88,37 @@ def compare(
     def computed() -> dict[str, Any]:
         targets = runs.data(sides[0][0].config).test.targets
         scores = [torch.stack([_scores(runs, each, epoch, targets) for each in side]) for side in sides if side]
+        paired = [each.record.run_id for each in sides[0]] == [each.record.run_id for each in sides[1]]
         found = (
-            paired_bootstrap(scores[0], scores[1], targets, resamples)
+            map_difference(*scores, targets, resamples, paired=paired)
             if b
-            else bootstrap_interval(scores[0], targets, resamples)
+            else map_interval(scores[0], targets, resamples)
         )
         labels = {
             f"{name}_labels": [each.config.label for each in side] for name, side in zip("ab", sides, strict=True)
         }
         of_runs = sorted({each.record.run_id for side in sides for each in side})
-        return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **asdict(found)}
+        numbers = {name: _or_nan(value) for name, value in asdict(found).items()}
+        return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **numbers}
 
     return runs.keep("comparisons", content_id(key), comparison_fingerprint(), computed)
 
 
+def _or_nan(value: Any) -> Any:
+    """As a record that was read again has it: JSON knows no infinity."""
+    return math.nan if value == math.inf else list(value) if isinstance(value, tuple) else value
+
+
 def comparison_fingerprint() -> str:
     """What a comparison computes with: from the files of scores to intervals."""
-    return fingerprint(Outcome.scores, Outcome.scores_of, StreamScores, by_stream, bootstrap_interval, paired_bootstrap)
+    return fingerprint(Outcome.scores, Outcome.scores_of, StreamScores, by_stream, map_interval, map_difference)
 
 
 def _scores(runs: Runs, prediction: Prediction, epoch: str, targets: torch.Tensor) -> torch.Tensor:
     """Scores (n, K) of a prediction, held against its record: they are not committed, and made anew on another machine
     they are a little others."""
     config = prediction.config
-    found = _scores_with(runs, config, prediction.changes)[0] if prediction.changes else runs.scores(config, epoch)
+    found = _scores_with(runs, config, prediction.changes) if prediction.changes else runs.scores(config, epoch)
     scores = by_stream(found)[prediction.stream]
     recorded = prediction.map() if prediction.changes else prediction.record.map(prediction.stream, epoch)
     here = average_precision(scores, targets).nanmean().item()
@@ -139,21 +142,22 @@ def grouped(found: Iterable[Record | Failure], *names: str) -> dict[tuple[Any, .
 
 
 def summarise(runs: Runs, group: Sequence[Found]) -> dict[str, Any]:
-    """A group as cells of a table: seeds, mAP in percent with its 95 % interval (low, high), and what it costs.
+    """A group as cells of a table: seeds, mAP in percent with its 95 % interval (low, high), the sample standard
+    deviation over seeds in points (None for one), and what it costs.
 
     Where a run of the group could not be had, the numbers are None and `note` says why.
     """
-    cells: dict[str, Any] = {"seeds": len(group), "mAP": None, "low": None, "high": None}
+    cells: dict[str, Any] = {"seeds": len(group), "mAP": None, "low": None, "high": None, "sd over seeds": None}
     failed = [each.error for each in group if isinstance(each, Failure)]
     if failed:
         return {**cells, "note": failed[0]}
     there = [each.prediction() if isinstance(each, Record) else each for each in group if not isinstance(each, Failure)]
-    cells["mAP"] = 100 * fmean(each.map() for each in there)
+    maps = [100 * each.map() for each in there]
+    cells["mAP"], cells["sd over seeds"] = fmean(maps), stdev(maps) if len(maps) > 1 else None
     found = interval(runs, there)
     cells |= {end: 100 * found[end] for end in ("low", "high")}
     cells["M parameters"] = there[0].cost["parameters"] / 1e6
     cells["GMACs an image"] = there[0].cost["macs_per_image"] / 1e9
-    cells["ms an image"] = fmean(each.cost["milliseconds_per_image"] for each in there)
     return cells
 
 
@@ -162,8 +166,9 @@ def differences(
     pairs: Mapping[str, tuple[Sequence[Found], Sequence[Found]]],
     names: tuple[str, str] = ("higher", "lower"),
 ) -> list[dict[str, Any]]:
-    """Each pair of groups as a row: what is compared, points of mAP with the paired 95 % interval, p, p adjusted by
-    Holm for the number of pairs, and the finding (one of `names`, or that the data can show no difference).
+    """Each pair of groups as a row: what is compared, points of mAP with the 95 % interval, p, p adjusted by Holm for
+    the number of pairs that have one, seeds ("5 and 3", or "5 pairs" of the same runs), and the finding: one of
+    `names`, NO_DIFFERENCE, or ONE_SEED where a side has but one, and p is None.
 
     A pair in which a run could not be had is left out.
     """
@@ -177,20 +182,30 @@ def differences(
     rows = []
     for (name, each), p in zip(found.items(), adjusted, strict=True):
         points = {key: 100 * each[key] for key in ("difference", "low", "high")}
-        finding = names[each["difference"] <= 0] if p < SIGNIFICANT else NO_DIFFERENCE
-        rows.append({"compared": name, **points, "p": each["p_value"], "p (Holm)": p, "finding": finding})
+        a, b = each["seeds"]
+        seeds = (f"{a} pair" if a == 1 else f"{a} pairs") if each["paired"] else f"{a} and {b}"
+        if math.isnan(p):
+            tested = {"p": None, "p (Holm)": None, "seeds": seeds, "finding": ONE_SEED}
+        else:
+            finding = names[each["difference"] <= 0] if p < SIGNIFICANT else NO_DIFFERENCE
+            tested = {"p": each["p_value"], "p (Holm)": p, "seeds": seeds, "finding": finding}
+        rows.append({"compared": name, **points, **tested})
     return rows
 
 
 def told(rows: Iterable[Mapping[str, Any]]) -> str:
     """What differences support, in sentences that they write themselves."""
     rows = list(rows)
-    shown = [row for row in rows if row["finding"] != NO_DIFFERENCE]
-    if not shown:
-        return f"In none of {len(rows)} comparisons is there a difference that this data can show."
+    one_seed = sum(row["finding"] == ONE_SEED for row in rows)
+    shown = [row for row in rows if row["finding"] not in (NO_DIFFERENCE, ONE_SEED)]
+    rest = len(rows) - one_seed - len(shown)
     sentences = [f"{row['compared']}: {points(row)} points of mAP." for row in shown]
-    if len(shown) < len(rows):
-        sentences.append(f"In {len(rows) - len(shown)} of {len(rows)} comparisons: {NO_DIFFERENCE}.")
+    if rest == len(rows):
+        sentences.append(f"In none of {len(rows)} comparisons is there a difference that this data can show.")
+    elif rest:
+        sentences.append(f"In {rest} of {len(rows)} comparisons: {NO_DIFFERENCE}.")
+    if one_seed:
+        sentences.append(f"{one_seed} of {len(rows)} comparisons {'has' if one_seed == 1 else 'have'} {ONE_SEED}.")
     return " ".join(sentences)
 
 

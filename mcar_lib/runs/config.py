@@ -162,7 +162,7 @@ class Profile(BaseModel):
     name: Annotated[str, Field(max_length=100)]
     title: str
     seeds: tuple[int, ...]
-    bootstrap_resamples: Annotated[int, Field(ge=1)]
+    bootstrap_resamples: Annotated[int, Field(ge=2)]
     threads: Annotated[int, Field(ge=0)] = 0
     run: RunConfig
     tuning: Tuning | None = None

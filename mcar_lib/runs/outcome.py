@@ -97,35 +97,31 @@ class Outcome:
     def scores(self, epoch: str, shape: tuple[int, ...]) -> StreamScores | None:
         """Test scores (n, K) after the last or the best epoch; None where they are not here or damaged, which is
         said."""
-        found = self._read_scores("scores", f"{epoch}_", shape)
-        return found and found[0]
+        return self._read_scores("scores", f"{epoch}_", shape)
 
-    def scores_of(
-        self, name: str, shape: tuple[int, ...], score: Callable[[], tuple[StreamScores, float]]
-    ) -> tuple[StreamScores, float]:
-        """Test scores (n, K) under a name of their own, and the seconds they took; made once and kept."""
+    def scores_of(self, name: str, shape: tuple[int, ...], score: Callable[[], StreamScores]) -> StreamScores:
+        """Test scores (n, K) under a name of their own; made once and kept."""
         if found := self._read_scores(name, "", shape):
             return found
         with alone(self.folder / f"{name}.lock", f"tests the run {self.folder.name}"):
             if found := self._read_scores(name, "", shape):
                 return found
-            fresh, seconds = score()
-            self._write_scores(name, {"": fresh}, seconds)
-        return fresh, seconds
+            fresh = score()
+            self._write_scores(name, {"": fresh})
+        return fresh
 
-    def _write_scores(self, name: str, scores: Mapping[str, StreamScores], seconds: float = 0.0) -> None:
+    def _write_scores(self, name: str, scores: Mapping[str, StreamScores]) -> None:
         arrays = {
             f"{prefix}{stream}": values.numpy()
             for prefix, streams in scores.items()
             for stream, values in zip(STREAMS[:2], streams, strict=True)
         }
-        arrays["seconds"] = np.array(seconds)
         arrays[SEAL] = np.array(self._seal(name, arrays))
         stream = io.BytesIO()
         np.savez(stream, **arrays)  # type: ignore[arg-type]
         write_bytes(self.folder / f"{name}.npz", stream.getbuffer(), advice=OTHER_ARTIFACTS)
 
-    def _read_scores(self, name: str, prefix: str, shape: tuple[int, ...]) -> tuple[StreamScores, float] | None:
+    def _read_scores(self, name: str, prefix: str, shape: tuple[int, ...]) -> StreamScores | None:
         path = self.folder / f"{name}.npz"
         if not path.exists():
             return None
@@ -142,7 +138,7 @@ class Outcome:
                 streams = [arrays[f"{prefix}{stream}"] for stream in STREAMS[:2]]
                 if any(each.shape != shape for each in streams):
                     raise ValueError(f"not {shape[0]} rows of {shape[1]} numbers")
-                return StreamScores(*map(torch.from_numpy, streams)), float(arrays["seconds"])
+                return StreamScores(*map(torch.from_numpy, streams))
         except ResultsError as error:
             say(f"{error}; they are made again")
             return None

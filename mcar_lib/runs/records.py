@@ -139,10 +139,8 @@ class Prediction:
 
     @property
     def cost(self) -> Mapping[str, Any]:
-        """Parameters, operations and seconds; milliseconds_per_image of its tests, reading included."""
-        cost, tests = self.record.content["cost"], self.record.config.epochs * self.record.data["test_images"]
-        measured = self.evaluation["cost"] if self.evaluation else {}
-        return {**cost, "milliseconds_per_image": 1000 * cost["test_seconds"] / tests, **measured}
+        """What the run cost; operations of the test are those with the values it was tested with."""
+        return {**self.record.content["cost"], **(self.evaluation["cost"] if self.evaluation else {})}
 
 
 @dataclass(frozen=True)
@@ -273,9 +271,12 @@ SHAPES: Mapping[str, type[BaseModel]] = {
         **_NAMES,
         changes=dict[str, Any],
         metrics=_METRICS,
-        cost=_shape(macs_per_image=int, milliseconds_per_image=float),
+        cost=_shape(macs_per_image=int),
     ),
-    "comparisons": _shape(a=list[str], b=list[str], runs=list[str], low=_NUMBER, high=_NUMBER),
+    "comparisons": _shape(
+        **{"a": list[str], "b": list[str], "runs": list[str], "low": _NUMBER, "high": _NUMBER},
+        **{"seed_error": _NUMBER, "image_error": _NUMBER, "degrees_of_freedom": _NUMBER},
+    ),
     "regions": _shape(
         **_NAMES,
         **{"data": str, "images": int, "difficult": int, "counts": dict[str, str]},
@@ -285,7 +286,8 @@ SHAPES: Mapping[str, type[BaseModel]] = {
         gallery=_shapes(image=str, labels=list[str], boxes=list[Any], cells=list[Any], annotated=list[list[Any]]),
     ),
 }
-_DIFFERENCE, _INTERVAL_OF_ONE = _shape(difference=_NUMBER, p_value=_NUMBER), _shape(mAP=_NUMBER)
+_DIFFERENCE = _shape(difference=_NUMBER, p_value=_NUMBER, seeds=list[int], paired=bool)
+_INTERVAL_OF_ONE = _shape(mAP=_NUMBER, seeds=int)
 
 
 def _check(kind: str, content: Mapping[str, Any]) -> None:
