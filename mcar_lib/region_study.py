@@ -190,10 +190,9 @@ def study_rows(
         ends = {"mean": found.estimate, "low": found.low, "high": found.high}
         rows.append({**a._asdict(), "way": way, **ends, "p_value": found.p_value})
     if differences is not None:
-        known = [row for row in rows if row["p_value"] == row["p_value"]]
-        for row, p in zip(known, holm([row["p_value"] for row in known]), strict=True):
+        adjusted = holm([row["p_value"] for row in rows])
+        for row, p, (a, _) in zip(rows, adjusted, pairs, strict=True):
             row["p_value"] = p
-        for row, (a, _) in zip(rows, pairs, strict=True):
             row["finding"] = _finding(row, a.way, len(records))
     return rows
 
@@ -203,9 +202,9 @@ def _finding(row: Mapping[str, Any], way: str, seeds: int) -> str:
         return "nothing to compare"
     if seeds == 1:
         return ONE_SEED
-    if row["p_value"] >= SIGNIFICANT:
-        return NO_DIFFERENCE
-    return f"{way} {'higher' if row['mean'] > 0 else 'lower'}"
+    if row["p_value"] < SIGNIFICANT:
+        return f"{way} {'higher' if row['mean'] > 0 else 'lower'}"
+    return NO_DIFFERENCE
 
 
 def _shares(record: Mapping[str, Any], weights: np.ndarray) -> dict[Key, np.ndarray]:

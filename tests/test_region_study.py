@@ -168,6 +168,11 @@ def test_shares_are_means_over_seeds_of_sums_over_counts() -> None:
     assert np.isnan(rows[Key("top", 2, "large", FOUND)]["mean"])  # there is no large object
 
 
+def test_images_are_resampled_not_objects() -> None:
+    row = study_rows([record_of([500, 0], [0, 0], [500, 500])])[0]
+    assert (row["mean"], row["low"] < 0.1, row["high"] > 0.9) == (0.5, True, True)
+
+
 def test_seeds_that_differ_widen_the_interval() -> None:
     objects = [1.0] * 60
     halves = [[1.0] * 30 + [0.0] * 30, [1.0] * 36 + [0.0] * 24, [1.0] * 24 + [0.0] * 36]
