@@ -4,6 +4,7 @@ compared, in what follows: the rows of mcar_lib.runs.differences.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -67,8 +68,12 @@ def answer_of(study: str, compared: Mapping[str, pd.DataFrame], values: Mapping[
     lines = {name: _line(name, table, values[name]) for name, table in compared.items()}
     kept = project_root() / "results" / COMMITTED / "tables" / f"{study}_differences.csv"
     if not any(map(_makes_findings, compared.values())) and COMMITTED not in compared and kept.exists():
-        lines[COMMITTED] = f"On the {COMMITTED} (committed): {told(pd.read_csv(kept).to_dict('records'))}"
+        lines[COMMITTED] = f"On the {COMMITTED} (committed): {told(_rows(pd.read_csv(kept)))}"
     return f"**Answer.** {' '.join(lines.values())}"
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _makes_findings(compared: pd.DataFrame) -> bool:
@@ -80,7 +85,7 @@ def _line(name: str, compared: pd.DataFrame, values: str) -> str:
         return f"{name}: runs are missing, so nothing is compared."
     if not _makes_findings(compared):
         return f"{name}: one seed a setting, so no finding of its own."
-    rows = [row for row in compared.to_dict("records") if row["finding"] != ONE_SEED]
+    rows = [row for row in _rows(compared) if row["finding"] != ONE_SEED]
     held = [f"{row['compared']} {row['difference']:+.1f}" for row in rows if row["finding"] != NO_DIFFERENCE]
     which = f": {'; '.join(held)}" if held else ""
     return f"{name}: {values}; {len(held)} of {len(rows)} differences hold{which}."
