@@ -161,14 +161,19 @@ def _overlaps(objects: Objects, boxes: Tensor, classes: Tensor) -> tuple[Tensor,
 
 
 def measure_overlaps(
-    objects: Objects, found: ClassRegions, occluded: ClassRegions, max_regions: int = 8, draws: int = 5, seed: int = 0
+    objects: Objects,
+    found: ClassRegions,
+    occluded: ClassRegions | None = None,
+    max_regions: int = 8,
+    draws: int = 5,
+    seed: int = 0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """overlap_measures and matched_regions of each way to choose regions, by its name.
 
     Ways: "top" classes; "random" classes (the mean of seeded draws); "occlusion", the top classes with the boxes of
-    their occlusion maps; and "centre", a reference that ignores the image: the middle three quarters of both sides, the
-    box on which the module falls back. It is one box for any N and belongs to no class, so its measures of the own
-    class are NaN. Raises ConfigError if max_regions is above K.
+    their occlusion maps, if there are any; and "centre", a reference that ignores the image: the middle three quarters
+    of both sides, the box on which the module falls back. It is one box for any N and belongs to no class, so its
+    measures of the own class are NaN. Raises ConfigError if max_regions is above K.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -187,17 +192,17 @@ def measure_overlaps(
     return {
         "top": measured(found.boxes, top),
         "random": (objects_found, matched),
-        "occlusion": measured(occluded.boxes, top),
+        **({} if occluded is None else {"occlusion": measured(occluded.boxes, top)}),
         "centre": (centre, torch.full_like(none, float("nan"))),
     }
 
 
-def pointing_game(objects: Objects, found: ClassRegions, occluded: ClassRegions) -> Pointing:
+def pointing_game(objects: Objects, found: ClassRegions, occluded: ClassRegions | None = None) -> Pointing:
     """Whether the highest point of a present class's map lies in one of the boxes of that class.
 
-    References: the same for the centre of the highest cell before upsampling, for that of the occlusion map and for the
-    centre of the image, and the share of the pixels that the boxes cover, which is the chance of a pixel drawn at
-    random.
+    References: the same for the centre of the highest cell before upsampling, for that of the occlusion map (NaN
+    without one) and for the centre of the image, and the share of the pixels that the boxes cover, which is the chance
+    of a pixel drawn at random.
     Source: Zhang et al. 2016, "Top-down neural attention by excitation backprop". They let a point miss by 15 pixels;
     here the tolerance is 0.
     """
@@ -205,11 +210,14 @@ def pointing_game(objects: Objects, found: ClassRegions, occluded: ClassRegions)
     pairs, pair_of = torch.unique(objects.images * num_classes + objects.classes, return_inverse=True)
     images, classes = pairs // num_classes, pairs % num_classes
     middle = torch.full((len(pairs), 2), found.size / 2, dtype=torch.float64)
-    highest = [points[images, classes] for points in (found.peaks, found.cells, occluded.cells)]
+    of_occlusion = torch.full_like(found.cells, float("nan")) if occluded is None else occluded.cells
+    highest = [points[images, classes] for points in (found.peaks, found.cells, of_occlusion)]
     points = torch.stack((*highest, middle), dim=1)[pair_of]
     inside = ((points >= objects.boxes[:, None, :2]) & (points < objects.boxes[:, None, 2:])).all(dim=-1)  # (m, 4)
     hits = torch.zeros(len(pairs), 4, dtype=torch.float64)
     hits = hits.scatter_reduce(0, pair_of[:, None].expand(-1, 4), inside.double(), "amax")
+    if occluded is None:
+        hits[:, POINTS.index(OCCLUDED)] = float("nan")
     covered = torch.stack([_covered(objects.boxes[pair_of == pair], found.size) for pair in range(len(pairs))])
     ranks = select_classes(found.scores, num_classes).argsort(dim=1)[images, classes]
     return Pointing(images, classes, ranks, torch.cat((hits, covered[:, None]), dim=1))

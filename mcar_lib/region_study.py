@@ -74,10 +74,13 @@ def own_settings(config: RunConfig) -> Settings:
     return Settings(config.num_regions, config.threshold, config.threshold)
 
 
-def measure_regions(runs: Runs, config: RunConfig, settings: Settings | None = None) -> Mapping[str, Any]:
+def measure_regions(
+    runs: Runs, config: RunConfig, settings: Settings | None = None, occluded: bool = True
+) -> Mapping[str, Any]:
     """The record of a run's regions on the images that it scores, made once: image_sums, and a small gallery.
 
-    settings: by default the run's own. A run that is scored on val has val_grid too; none on test has.
+    settings: by default the run's own. occluded: whether occlusion maps, which take 36 passes an image, are held beside
+    the model's own. A run that is scored on val has val_grid too; none on test has.
     The gallery holds, for the first images, each region's box, class and map cells, and the annotated objects.
     Without annotated boxes in the data set (a table has none) nothing is measured, and the gallery is all there is.
     """
@@ -87,13 +90,14 @@ def measure_regions(runs: Runs, config: RunConfig, settings: Settings | None = N
         check_settings()
         test = runs.data(config).test
         squares = runs.splits.squares(test, config.image_size)
-        found = _measured(runs.trained_model(config), squares, settings, config.scored_on == "val")
+        found = _measured(runs.trained_model(config), squares, settings, config.scored_on == "val", occluded)
         names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "data": test.title}
         chosen = {"settings": settings._asdict()}
         return {**names, **chosen, **found, "environment": describe_environment(runs.profile.threads)}
 
     keys = {"boxes": boxes_fingerprint(runs.data(config).test)} if "test_data" in runs.look(config)[0] else {}
-    name = run_id if settings == own_settings(config) else content_id({"run": run_id, "settings": settings})
+    is_plain = occluded and settings == own_settings(config)
+    name = run_id if is_plain else content_id({"run": run_id, "settings": settings, "occluded": occluded})
     return runs.keep("regions", name, regions_fingerprint(), measured, **keys)
 
 
@@ -109,24 +113,26 @@ def boxes_fingerprint(images: ImageSet) -> str:
     return content_id({"boxes": rows})
 
 
-def _measured(model: MCAR, squares: ResizedImages, settings: Settings, with_grid: bool) -> dict[str, Any]:
+def _measured(
+    model: MCAR, squares: ResizedImages, settings: Settings, with_grid: bool, occluded: bool
+) -> dict[str, Any]:
     test, num_images = squares.image_set, len(squares)
     if not test.has_boxes:
         unmeasured = {"difficult": 0, "counts": {}, "sums": [], "grid": []}
         return {"images": num_images, **unmeasured, "gallery": _gallery(model, squares, NO_OBJECTS)}
     objects, maps = annotated_objects(test, squares.size), maps_of(model, squares)
-    occluded_maps = occlusion_maps(model, squares, maps.scores)
+    of_ways = {"top": maps, **({"occlusion": occlusion_maps(model, squares, maps.scores)} if occluded else {})}
     found = class_regions(maps, settings.threshold)
-    occluded = class_regions(occluded_maps, settings.occlusion_threshold)
-    pointing = pointing_game(objects, found, occluded)
-    ways = measure_overlaps(objects, found, occluded, max(counts_to_tell(settings.num_regions, len(test.classes))))
+    of_occlusion = class_regions(of_ways["occlusion"], settings.occlusion_threshold) if occluded else None
+    pointing = pointing_game(objects, found, of_occlusion)
+    ways = measure_overlaps(objects, found, of_occlusion, max(counts_to_tell(settings.num_regions, len(test.classes))))
     counts, sums = image_sums(objects, ways, pointing, settings.num_regions, num_images)
     return {
         "images": num_images,
         "difficult": sum(int(test.boxes(index).difficult.sum()) for index in range(num_images)),
         "counts": {among: as_text(values) for among, values in counts.items()},
         "sums": [{**key._asdict(), "sums": as_text(values)} for key, values in sums.items()],
-        "grid": val_grid(objects, {"top": maps, "occlusion": occluded_maps}) if with_grid else [],
+        "grid": val_grid(objects, of_ways) if with_grid else [],
         "gallery": _gallery(model, squares, objects),
     }
 
@@ -175,7 +181,8 @@ def study_rows(
 
     With differences, each a - b instead, paired in every record; p_value: of "no difference", adjusted for their number
     (Holm), and the finding that it supports. Seeds and images are held together, all seeds with the same resampled
-    images (two_level); with one seed p_value is NaN. All is NaN where there is nothing to measure.
+    images (two_level); with one seed p_value is NaN. A share that not all records have is that of those that have it.
+    All is NaN where there is nothing to measure.
     """
     generator, n = np.random.default_rng(0), records[0]["images"]
     weights = np.vstack((np.ones(n), generator.multinomial(n, np.full(n, 1 / n), num_resamples)))
@@ -184,16 +191,17 @@ def study_rows(
     rows = []
     for a, b in pairs:
         # Rounded, or float64 noise would decide on which side of 0 two equal ways fall.
-        values = np.stack([of[a] - (of[b] if b else 0) for of in shares], axis=1).round(12)  # (1 + R, S)
+        having = [of for of in shares if a in of and (b is None or b in of)]
+        values = np.stack([of[a] - (of[b] if b else 0) for of in having], axis=1).round(12)  # (1 + R, S)
         found = two_level(values[1:], values[0])
         way = f"{a.way} - {b.way}" if b else a.way
         ends = {"mean": found.estimate, "low": found.low, "high": found.high}
-        rows.append({**a._asdict(), "way": way, **ends, "p_value": found.p_value})
+        rows.append({**a._asdict(), "way": way, **ends, "seeds": len(having), "p_value": found.p_value})
     if differences is not None:
         adjusted = holm([row["p_value"] for row in rows])
         for row, p, (a, _) in zip(rows, adjusted, pairs, strict=True):
             row["p_value"] = p
-            row["finding"] = _finding(row, a.way, len(records))
+            row["finding"] = _finding(row, a.way, row["seeds"])
     return rows
 
 
