@@ -61,8 +61,9 @@ def arms(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[A
         if not wanted:
             return [found[arm_of(config, tuning).model_dump_json()] for config in configs]
         tried = [arm.config.vary(learning_rate=rate) for arm, rate in wanted]
-        found_runs = find_or_train(runs, tried) if train else list(map(runs.find, tried))
-        for (arm, rate), each in zip(wanted, found_runs, strict=True):
+        tests: Sequence[Record | Failure | None]
+        tests = find_or_train(runs, tried) if train else [runs.find(config) for config in tried]
+        for (arm, rate), each in zip(wanted, tests, strict=True):
             arm.tried[rate] = value_of(each)
 
 
