@@ -150,7 +150,7 @@ def map_difference(
         found = two_level_difference(samples_a, maps_a, samples_b, maps_b, confidence)
     counted = {"num_resamples": len(samples_a), "num_images": len(targets), "seeds": seeds, "paired": paired}
     shared = {name: value for name, value in asdict(found).items() if name not in ("estimate", "seeds")}
-    return MapDifference(difference=found.estimate, **shared, **counted)
+    return MapDifference(difference=found.estimate, **shared, **counted)  # type: ignore[arg-type]
 
 
 def resampled_maps(

@@ -190,6 +190,7 @@ def differences(
         points = {key: 100 * each[key] for key in ("difference", "low", "high")}
         a, b = each["seeds"]
         seeds = (f"{a} pair" if a == 1 else f"{a} pairs") if each["paired"] else f"{a} and {b}"
+        tested: dict[str, Any]
         if math.isnan(p):
             tested = {"p": None, "p (Holm)": None, "seeds": seeds, "finding": ONE_SEED}
         else:

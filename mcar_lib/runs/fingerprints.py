@@ -29,7 +29,6 @@ MESSAGES = ("say", "Progress")  # what calls of these are told computes nothing 
 SAME_NUMBERS: dict[str, tuple[str, ...]] = {
     # arithmetic_fingerprint: runs, evaluations
     "a837d1ecbcce332c": ("0e754be387261cfb", "0c043c259e1f200a", "8dee706c12bf52cb", "05748d78c8abe5e9", ""),
-    "8e90a98958b2419f": ("",),  # of measure_regions: regions
 }
 
 

@@ -52,10 +52,7 @@ def arms(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[A
     tuning = runs.profile.tuning
     if tuning is None:
         return []
-    found = {}
-    for config in configs:
-        arm = arm_of(config, tuning)
-        found[arm.model_dump_json()] = Arm(arm, {})
+    found = {run.model_dump_json(): Arm(run, {}) for run in (arm_of(config, tuning) for config in configs)}
     while True:
         wanted = [(arm, rate) for arm in found.values() for rate in arm.wanted(tuning)]
         if not wanted:
