@@ -20,7 +20,7 @@ import torch
 from timing import machine, median_seconds, print_report, report_parser
 
 from mcar_lib.model import MCAR, build_mcar
-from mcar_lib.runs.environment import describe_environment
+from mcar_lib.runs.environment import PeakMemory, describe_environment
 from mcar_lib.training import (
     Recipe,
     batch_scores,
@@ -43,7 +43,7 @@ COLUMNS = (
 
 
 class Timed(NamedTuple):
-    """Seconds of one step, and the peak of GPU memory in bytes (0 where there is no GPU)."""
+    """Seconds of one step, and the peak of memory in bytes: of the GPU, else of the process (0: not known)."""
 
     seconds: float
     peak: int
@@ -53,12 +53,12 @@ def training(model: MCAR, images: torch.Tensor, precision: str) -> Callable[[], 
     """One training step on uint8 images (B, 3, S, S)."""
     targets = (torch.rand(len(images), CLASSES) < LABELS_PER_IMAGE / CLASSES).float().to(images.device)
     optimizer = build_optimizer(model.train(), Recipe())
+    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
+    model.forward = autocast(model.forward)  # type: ignore[method-assign]
 
     def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = training_step(model, network_input(model, images), targets)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        training_step(model, network_input(model, images), targets)
         optimizer.step()
 
     return step
@@ -88,9 +88,8 @@ def timed(step: Callable[[], object], options: argparse.Namespace) -> Timed:
 
     for _ in range(options.warmup):
         whole_step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    return Timed(median_seconds(whole_step, options.repeats), torch.cuda.max_memory_allocated() if on_gpu else 0)
+    memory = PeakMemory()
+    return Timed(median_seconds(whole_step, options.repeats), memory.bytes or 0)
 
 
 def build(backbone: str, compiled: bool, options: argparse.Namespace, device: torch.device) -> MCAR:

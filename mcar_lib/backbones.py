@@ -5,10 +5,12 @@ mcar_lib.weights says what weights they can start from.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from mcar_lib.errors import ConfigError, WeightsError
 from mcar_lib.weights import Bundle, Source
@@ -40,6 +42,34 @@ class Entry:
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
     timm_name: str | None = None
+
+
+class ReLU6(nn.ReLU6):
+    """torch's ReLU6, bit for bit, that keeps its result for the backward pass: the next convolution keeps that anyway.
+
+    torch's own keeps its input, a copy of it where it works in place; that is a third of what MobileNet-v2 keeps.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (input.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(input)
+        clamped: Tensor = _ReLU6OfResult.apply(input, self.inplace)
+        return clamped
+
+
+class _ReLU6OfResult(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        result = F.relu6(x, inplace)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors  # is at 0 or 6 where the input is there or beyond, so the gradient is the same
+        return torch.ops.aten.hardtanh_backward(gradient, result, 0.0, 6.0), None
 
 
 def _mobilenet_v2() -> nn.Module:
@@ -89,6 +119,15 @@ def build_backbone(name: str, weights: str = "imagenet") -> Backbone:
 
     Raises ConfigError on an unknown name, WeightsError when the weights cannot be had or do not fit.
     """
+    built = _build(name, weights)
+    for module in list(built.features.modules()):
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(module, child_name, ReLU6(child.inplace))
+    return built
+
+
+def _build(name: str, weights: str) -> Backbone:
     if name.startswith("timm:"):
         return _build_timm(name.removeprefix("timm:"), weights)
     entry = lookup(name)

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from mcar_lib.data import read_image
 from mcar_lib.data.transforms import resize_square
+from mcar_lib.region_study import as_numbers
 from mcar_lib.regions import class_marginals
 from mcar_lib.runs import BASELINE, METHOD, Runs
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 COLOURS = sns.color_palette("colorblind")
 MODEL_COLOURS = {BASELINE: COLOURS[0], METHOD: COLOURS[2]}
+MARKERS = ("o", "s", "D", "^", "v", "P")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
@@ -171,9 +174,11 @@ def attention_gallery(
 
 
 def gallery_figure(record: Mapping[str, Any], runs: Runs) -> Figure:
-    """The gallery of a record of localisation.measure_regions, over the test images of the profile's own run."""
+    """The gallery of a record of region_study.measure_regions, over the test images of the profile's own run."""
     size, shown, test = runs.profile.run.image_size, record["gallery"], runs.data().test
-    cells = [torch.tensor(each["cells"])[None] for each in shown]
+    cells = [
+        torch.tensor([[[as_numbers(row).tolist() for row in of_class] for of_class in each["cells"]]]) for each in shown
+    ]
     return attention_gallery(
         [resize_square(test.image(at), size) for at in range(len(shown))],
         [F.interpolate(each, size=(size, size), mode="bilinear", align_corners=True)[0] for each in cells],
@@ -219,13 +224,16 @@ def with_intervals(axes: Axes, x: Any, rows: pd.DataFrame, middle: str = "mAP", 
 
 
 def settings_with_intervals(table: pd.DataFrame, title: str) -> Figure:
-    """A panel for each thing that was varied: mAP of each value with its 95 % interval, a colour for each model.
+    """A panel for each thing that was varied: mAP of each value with its 95 % interval, a colour for each model. All on
+    one scale, so that what matters more looks so.
 
     table: columns varied, value, model, mAP, low, high (percent); rows without mAP are left out.
     """
     table = table.dropna(subset="mAP")
     panels = list(table.groupby("varied", sort=False))
     made, axes = figure(1, len(panels), width=max(3.6, 7.0 / len(panels)), height=3.6)
+    for ax in axes[1:]:
+        ax.sharey(axes[0])
     for ax, (varied, rows) in zip(axes, panels, strict=True):
         values, models = list(dict.fromkeys(rows["value"])), list(dict.fromkeys(rows["model"]))
         for at, model in enumerate(models):
@@ -235,32 +243,48 @@ def settings_with_intervals(table: pd.DataFrame, title: str) -> Figure:
         ax.set_xticks(range(len(values)), [str(value) for value in values])
         ax.set(xlabel=str(varied).removesuffix(" ="), xlim=(-0.5, len(values) - 0.5))
         ax.grid(axis="x", visible=False)
-        if len(models) > 1:
-            made.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    if len(set(table["model"])) > 1:
+        made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     axes[0].set_ylabel("test mAP (%), 95 % interval")
     made.suptitle(wrapped(title, 42 * len(panels) + 30), fontsize=11)
     return made
 
 
 def accuracy_against_cost(table: pd.DataFrame, title: str, costs: Sequence[str] = ("GMACs an image",)) -> Figure:
-    """Accuracy against cost, a panel for each cost (logarithmic), a line for each model, a label for each value.
+    """Accuracy against cost, a panel for each cost (logarithmic), a line and colour for each model, a marker for each
+    value. Where both models have a cost in common, their bars stand side by side.
 
     table: columns value, model, mAP, low, high (percent) and the costs; rows without mAP are left out.
     """
+    table = table.dropna(subset="mAP")
+    values, models = list(dict.fromkeys(table["value"])), list(dict.fromkeys(table["model"]))
     made, axes = figure(1, len(costs), width=4.6, height=3.8)
     for ax, cost in zip(axes, costs, strict=True):
-        for model, rows in table.dropna(subset="mAP").sort_values(cost).groupby("model", sort=False):
-            colour = MODEL_COLOURS[str(model)]
-            ax.plot(rows[cost], rows["mAP"], "-", color=colour, linewidth=1, alpha=0.6)
-            with_intervals(ax, rows[cost], rows, label=str(model), color=colour, fmt="o")
-            for value, x, y in zip(rows["value"], rows[cost], rows["mAP"], strict=True):
-                ax.annotate(str(value), (x, y), (5, 5), textcoords="offset points", fontsize=8)
+        in_common = table.groupby(cost)["model"].nunique().max() > 1
+        for at, model in enumerate(models):
+            rows, colour = table[table["model"] == model].sort_values(cost), MODEL_COLOURS[str(model)]
+            beside = 1.02 ** (2 * at - len(models) + 1) if in_common else 1.0
+            ax.plot(beside * rows[cost], rows["mAP"], "-", color=colour, linewidth=1, alpha=0.6)
+            for value, row in zip(rows["value"], rows.index, strict=True):
+                marker = MARKERS[values.index(value) % len(MARKERS)]
+                one = rows.loc[[row]]
+                with_intervals(ax, beside * one[cost], one, color=colour, fmt=marker, markersize=7)
         ax.set_xscale("log", subs=[])
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.margins(x=0.2)
+        ticks = sorted(set(table[cost]))
+        if len(ticks) > len(values):
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        else:
+            ax.set_xticks(ticks)
+            ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter("{x:.3g}")
+        ax.margins(x=0.1)
         ax.set_xlabel(f"{cost} (log scale)")
     axes[0].set_ylabel("test mAP (%), 95 % interval")
-    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    made.suptitle(wrapped(title, 90), fontsize=11)
+    of_models = [Line2D([], [], color=MODEL_COLOURS[str(model)], linewidth=3, label=str(model)) for model in models]
+    of_values = [
+        Line2D([], [], color="grey", linestyle="none", marker=marker, markersize=7, label=str(value))
+        for value, marker in zip(values, MARKERS * len(values), strict=False)
+    ]
+    made.legend(handles=of_models + of_values, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    made.suptitle(wrapped(title, 46 * len(costs)), fontsize=11)
     return made

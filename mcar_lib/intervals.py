@@ -150,7 +150,7 @@ def map_difference(
         found = two_level_difference(samples_a, maps_a, samples_b, maps_b, confidence)
     counted = {"num_resamples": len(samples_a), "num_images": len(targets), "seeds": seeds, "paired": paired}
     shared = {name: value for name, value in asdict(found).items() if name not in ("estimate", "seeds")}
-    return MapDifference(difference=found.estimate, **shared, **counted)
+    return MapDifference(difference=found.estimate, **shared, **counted)  # type: ignore[arg-type]
 
 
 def resampled_maps(
@@ -369,24 +369,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted
-
-
-def mean_intervals(
-    values: Tensor, images: Tensor, num_images: int, num_resamples: int = 1000, seed: int = 0
-) -> np.ndarray:
-    """Mean of each column and its 95 % percentile interval by bootstrap over images, since the objects of one image
-    stand or fall together. values: (m, C); images: (m,), the image of each row. Returns (3, C): mean, low, high.
-
-    A resample without any row is left out; without rows, or where a column holds a NaN, all three are NaN.
-    """
-    totals = np.zeros((num_images, values.shape[1]))
-    np.add.at(totals, images.numpy(), values.double().numpy())
-    counts = np.bincount(images.numpy(), minlength=num_images)
-    weights = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples)
-    drawn = weights @ counts
-    if len(values) == 0 or not drawn.any():
-        return np.full((3, values.shape[1]), np.nan)
-    samples = (weights @ totals)[drawn > 0] / drawn[drawn > 0, None]
-    ends = np.quantile(samples, [0.025, 0.975], axis=0)
-    # Rounded, or float64 noise would decide on which side of 0 two equal ways fall.
-    return np.round(np.vstack((totals.sum(axis=0) / counts.sum(), ends)), 12)

@@ -5,7 +5,9 @@ x1 y1 x2 y2, half-open, in pixels of that input. Objects marked difficult (COCO:
 class is present in an image here if it has an object there that is not difficult.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,31 +15,21 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
+from mcar_lib.attribution import ClassMaps
 from mcar_lib.data.image_set import ImageSet
-from mcar_lib.data.transforms import ResizedImages
-from mcar_lib.errors import ConfigError, DataError
-from mcar_lib.files import content_id
-from mcar_lib.intervals import mean_intervals
-from mcar_lib.model import MCAR
-from mcar_lib.regions import Selection, attention_maps, attentional_regions, locate_intervals, select_classes
-from mcar_lib.runs.config import RunConfig
-from mcar_lib.runs.environment import describe_environment
-from mcar_lib.runs.fingerprints import fingerprint
-from mcar_lib.runs.records import RECORD_FORMAT
-from mcar_lib.runs.runs import Runs
-from mcar_lib.training import network_input
-from mcar_lib.training.loop import check_settings
+from mcar_lib.errors import DataError
+from mcar_lib.regions import attention_maps, attentional_regions, locate_intervals, select_classes
 
 SIZES = {"small": (0.0, 0.2), "medium": (0.2, 0.5), "large": (0.5, float("inf"))}
 """Bins of an object's relative size, the square root of its share of the image's area; each holds its lower end."""
-MEASURES = (
-    *("IoU, own class", "found at 0.3, own class", "found at 0.5, own class", "class taken"),
-    *("IoU, any class", "found at 0.3, any class", "found at 0.5, any class"),
-)
-POINTS = ("peak of the map", "centre of the highest cell", "centre of the image", "random pixel")
-ENDS = ("mean", "low", "high")
-COUNTS = (1, 2, 4, 6, 8)  # the N that a record tells of, and the model's own
-GALLERY_IMAGES, GALLERY_REGIONS = 4, 3
+FOUND, F1 = "found at 0.3, any class", "F1 at 0.3, own class"
+MEASURES = (FOUND, "found at 0.5, any class", "found at 0.3, own class", "class taken")  # of an object; F1 is of images
+POINTING = "pointing game"
+PEAK, CELL, OCCLUDED = "peak of the map", "centre of the highest cell", "highest cell of occlusion"
+MIDDLE, RANDOM_PIXEL = "centre of the image", "random pixel"
+POINTS = (PEAK, CELL, OCCLUDED, MIDDLE, RANDOM_PIXEL)
+COUNTS = (1, 2, 4, 6, 8)  # the N that a record tells of, and the chosen one
+TAUS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to choose from on val
 MAP_VALUES = 1 << 25  # upsampled map values held at a time: 128 MiB of float32
 
 
@@ -49,9 +41,6 @@ class Objects(NamedTuple):
     classes: Tensor
     images: Tensor
     sizes: Tensor
-
-
-NO_OBJECTS = Objects(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0))
 
 
 class ClassRegions(NamedTuple):
@@ -69,9 +58,19 @@ class ClassRegions(NamedTuple):
     size: int
 
 
+class Key(NamedTuple):
+    """What a share is of: a way to choose N regions, or a point; the objects or pairs that it is a share of; a measure
+    of MEASURES, F1 or POINTING."""
+
+    way: str
+    N: int
+    among: str
+    measure: str
+
+
 class Pointing(NamedTuple):
     """The pointing game for the p pairs of image and present class: images, classes and ranks (p,) int64 (rank 0 is
-    the image's highest score); hits (p, 4) float64, a column for each of POINTS: 1 is a hit, the last is a chance."""
+    the image's highest score); hits (p, 5) float64, a column for each of POINTS: 1 is a hit, the last is a chance."""
 
     images: Tensor
     classes: Tensor
@@ -105,36 +104,23 @@ def annotated_objects(images: ImageSet, size: int) -> Objects:
 
 
 @torch.no_grad()
-def class_maps(model: MCAR, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the region module is given: global scores (B, K) and the maps (B, K, h, w) of all classes, both before the
-    sigmoid, of images uint8 (B, 3, S, S)."""
-    feature_map = model.features(network_input(model, images))
-    return model.classify(model.pool(feature_map)), model.class_logits(feature_map)
+def class_regions(maps: ClassMaps, threshold: float, batch_size: int = 32) -> ClassRegions:
+    """The box of every class's map at this tau, and where each map is highest.
 
-
-@torch.no_grad()
-def class_regions(model: MCAR, squares: ResizedImages, batch_size: int = 32) -> ClassRegions:
-    """One pass of the global stream over all images, and the box of every class's map; crops are not looked at.
-
-    model: in evaluation mode (else ConfigError), on any device; its own tau is used, its N and selection are not.
-    Returns tensors on the CPU. The boxes are the model's own up to the last bit of the maps, which varies with how many
-    are computed together and decides where a marginal meets tau exactly.
+    The boxes are the model's own up to the last bit of the maps, which varies with how many are computed together and
+    decides where a marginal meets tau exactly.
     """
-    if model.training:
-        raise ConfigError("the model is in training mode, where batches change its statistics; call model.eval()")
-    size, num_classes = squares.size, model.convclass.out_channels
+    size, num_classes = maps.size, maps.cells.shape[1]
     batch = max(1, min(batch_size, MAP_VALUES // (num_classes * size * size)))
     parts = []
-    for first in range(0, len(squares), batch):
-        images = torch.stack([squares[index] for index in range(first, min(first + batch, len(squares)))])
-        scores, class_logits = class_maps(model, images)
-        found = attentional_regions(class_logits, scores, (size, size), num_classes, model.threshold)
+    for scores, cells in zip(maps.scores.split(batch), maps.cells.split(batch), strict=True):
+        found = attentional_regions(cells, scores, (size, size), num_classes, threshold)
         by_class = found.classes.argsort(dim=1)[..., None].expand(-1, -1, 4)
-        every_class = torch.arange(num_classes, device=scores.device).expand(len(images), -1)
-        maps = attention_maps(class_logits, every_class, (size, size))
-        parts.append((scores, found.boxes.gather(1, by_class), _highest(maps, size), _highest(class_logits, size)))
-    scores, boxes, peaks, cells = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return ClassRegions(scores, boxes, peaks, cells, size)
+        every_class = torch.arange(num_classes).expand(len(scores), -1)
+        upsampled = attention_maps(cells, every_class, (size, size))
+        parts.append((found.boxes.gather(1, by_class), _highest(upsampled, size), _highest(cells, size)))
+    boxes, peaks, highest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ClassRegions(maps.scores, boxes, peaks, highest, size)
 
 
 def _highest(maps: Tensor, size: int) -> Tensor:
@@ -146,69 +132,77 @@ def _highest(maps: Tensor, size: int) -> Tensor:
 
 
 def overlap_measures(objects: Objects, boxes: Tensor, classes: Tensor) -> Tensor:
-    """MEASURES of each object under given regions: (m, N, 7) float64, [:, N - 1] for the first N regions of its image.
+    """MEASURES of each object under given regions: (m, N, 4) float64, [:, N - 1] for the first N regions of its image.
 
-    boxes: (n, N, 4); classes: (n, N). IoU is the best one, found means that it reaches 0.3 or 0.5; with a region of the
-    object's own class (0 if that class is not taken, that is, among the N) or of any class.
+    boxes: (n, N, 4); classes: (n, N). Found means that the best IoU reaches 0.3 or 0.5, with a region of any class or
+    of the object's own; taken, that its class is among the N.
     """
-    iou = box_iou(objects.boxes[:, None], boxes[objects.images].double())[:, 0]  # (m, N)
-    same = classes[objects.images] == objects.classes[:, None]
-    own, any_class = (iou * same).cummax(dim=1).values, iou.cummax(dim=1).values
-    columns = (own, own >= 0.3, own >= 0.5, same.cumsum(dim=1) > 0, any_class, any_class >= 0.3, any_class >= 0.5)
+    iou, same = _overlaps(objects, boxes, classes)
+    any_class, own = iou.cummax(dim=1).values, (iou * same).cummax(dim=1).values
+    columns = (any_class >= 0.3, any_class >= 0.5, own >= 0.3, same.cumsum(dim=1) > 0)
     return torch.stack([column.double() for column in columns], dim=-1)
 
 
-def measure_overlaps(
-    objects: Objects, found: ClassRegions, max_regions: int = 8, draws: int = 5, seed: int = 0
-) -> dict[str, Tensor]:
-    """overlap_measures of each way to choose regions, by its name.
+def matched_regions(objects: Objects, boxes: Tensor, classes: Tensor) -> Tensor:
+    """How many of the first N regions of each image reach an IoU of 0.3 with an object of their class: (n, N) float64.
 
-    Ways: "top", "bottom" and "random" classes ("random" is the mean of seeded draws), and "centre", a reference that
-    ignores the image: the middle three quarters of both sides, the box on which the module falls back. It is one box
-    for any N and belongs to no class, so its measures of the own class are NaN.
-    Raises ConfigError if max_regions is above K.
+    A class has one region, so these are the true positives of F1 = 2 TP / (objects + regions).
+    """
+    iou, same = _overlaps(objects, boxes, classes)
+    best = torch.zeros(classes.shape, dtype=torch.float64)
+    best = best.scatter_reduce(0, objects.images[:, None].expand_as(iou), iou * same, "amax")
+    return (best >= 0.3).double().cumsum(dim=1)
+
+
+def _overlaps(objects: Objects, boxes: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU of each object with the regions of its image (m, N), and which of them are of its class."""
+    iou = box_iou(objects.boxes[:, None], boxes[objects.images].double())[:, 0]
+    return iou, classes[objects.images] == objects.classes[:, None]
+
+
+def measure_overlaps(
+    objects: Objects,
+    found: ClassRegions,
+    occluded: ClassRegions | None = None,
+    max_regions: int = 8,
+    draws: int = 5,
+    seed: int = 0,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """overlap_measures and matched_regions of each way to choose regions, by its name.
+
+    Ways: "top" classes; "random" classes (the mean of seeded draws); "occlusion", the top classes with the boxes of
+    their occlusion maps, if there are any; and "centre", a reference that ignores the image: the middle three quarters
+    of both sides, the box on which the module falls back. It is one box for any N and belongs to no class, so its
+    measures of the own class are NaN. Raises ConfigError if max_regions is above K.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def chosen(selection: Selection) -> Tensor:
-        classes = select_classes(found.scores, max_regions, selection, generator)  # (n, N)
-        boxes = found.boxes.gather(1, classes[..., None].expand(-1, -1, 4))
-        return overlap_measures(objects, boxes, classes)
+    def measured(boxes: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        taken = boxes.gather(1, classes[..., None].expand(-1, -1, 4))
+        return overlap_measures(objects, taken, classes), matched_regions(objects, taken, classes)
 
-    random = torch.stack([chosen("random") for _ in range(draws)]).mean(dim=0)
+    top = select_classes(found.scores, max_regions)  # (n, N)
+    drawn = [
+        measured(found.boxes, select_classes(found.scores, max_regions, "random", generator)) for _ in range(draws)
+    ]
+    objects_found, matched = (torch.stack(column).mean(dim=0) for column in zip(*drawn, strict=True))
     start, end = locate_intervals(torch.ones(1, found.size), 0.5)[0].tolist()  # a constant marginal: the fallback
-    box = torch.tensor([start, start, end, end]).expand(len(found.scores), max_regions, 4)
-    centre = overlap_measures(objects, box, torch.zeros(box.shape[:2], dtype=torch.int64))
-    centre[..., :4] = float("nan")
-    return {"top": chosen("top"), "bottom": chosen("bottom"), "random": random, "centre": centre}
+    centre, none = measured(torch.tensor([start, start, end, end]).expand_as(found.boxes), top)
+    centre[..., 2:] = float("nan")
+    return {
+        "top": measured(found.boxes, top),
+        "random": (objects_found, matched),
+        **({} if occluded is None else {"occlusion": measured(occluded.boxes, top)}),
+        "centre": (centre, torch.full_like(none, float("nan"))),
+    }
 
 
-def overlap_rows(
-    objects: Objects, measured: Mapping[str, Tensor], counts: Iterable[int], num_images: int, num_resamples: int = 1000
-) -> list[dict[str, Any]]:
-    """The means of measure_overlaps as rows: regions, N, size, objects, measure, mean, low, high (fractions).
-
-    regions: a way to choose them, or "top - random" and "top - centre", the paired difference; size: "all" or of SIZES.
-    counts: the N to tell. mean, low and high are NaN where there is nothing to measure.
-    """
-    ways = {**measured, **{f"top - {other}": measured["top"] - measured[other] for other in ("random", "centre")}}
-    keys = [(way, count, measure) for way in ways for count in counts for measure in MEASURES]
-    table = torch.stack([ways[way][:, count - 1, MEASURES.index(measure)] for way, count, measure in keys], dim=1)
-    rows = []
-    for size, (low_end, high_end) in {"all": (0.0, float("inf")), **SIZES}.items():
-        inside = (objects.sizes >= low_end) & (objects.sizes < high_end)
-        means = mean_intervals(table[inside], objects.images[inside], num_images, num_resamples)
-        for (way, count, measure), found in zip(keys, means.T.tolist(), strict=True):
-            row = {"regions": way, "N": count, "size": size, "objects": int(inside.sum()), "measure": measure}
-            rows.append(row | dict(zip(ENDS, found, strict=True)))
-    return rows
-
-
-def pointing_game(objects: Objects, found: ClassRegions) -> Pointing:
+def pointing_game(objects: Objects, found: ClassRegions, occluded: ClassRegions | None = None) -> Pointing:
     """Whether the highest point of a present class's map lies in one of the boxes of that class.
 
-    References: the same for the centre of the highest cell before upsampling and for the centre of the image, and
-    the share of the pixels that the boxes cover, which is the chance of a pixel drawn at random.
+    References: the same for the centre of the highest cell before upsampling, for that of the occlusion map (NaN
+    without one) and for the centre of the image, and the share of the pixels that the boxes cover, which is the chance
+    of a pixel drawn at random.
     Source: Zhang et al. 2016, "Top-down neural attention by excitation backprop". They let a point miss by 15 pixels;
     here the tolerance is 0.
     """
@@ -216,10 +210,14 @@ def pointing_game(objects: Objects, found: ClassRegions) -> Pointing:
     pairs, pair_of = torch.unique(objects.images * num_classes + objects.classes, return_inverse=True)
     images, classes = pairs // num_classes, pairs % num_classes
     middle = torch.full((len(pairs), 2), found.size / 2, dtype=torch.float64)
-    points = torch.stack((found.peaks[images, classes], found.cells[images, classes], middle), dim=1)[pair_of]
-    inside = ((points >= objects.boxes[:, None, :2]) & (points < objects.boxes[:, None, 2:])).all(dim=-1)  # (m, 3)
-    hits = torch.zeros(len(pairs), 3, dtype=torch.float64)
-    hits = hits.scatter_reduce(0, pair_of[:, None].expand(-1, 3), inside.double(), "amax")
+    of_occlusion = torch.full_like(found.cells, float("nan")) if occluded is None else occluded.cells
+    highest = [points[images, classes] for points in (found.peaks, found.cells, of_occlusion)]
+    points = torch.stack((*highest, middle), dim=1)[pair_of]
+    inside = ((points >= objects.boxes[:, None, :2]) & (points < objects.boxes[:, None, 2:])).all(dim=-1)  # (m, 4)
+    hits = torch.zeros(len(pairs), 4, dtype=torch.float64)
+    hits = hits.scatter_reduce(0, pair_of[:, None].expand(-1, 4), inside.double(), "amax")
+    if occluded is None:
+        hits[:, POINTS.index(OCCLUDED)] = float("nan")
     covered = torch.stack([_covered(objects.boxes[pair_of == pair], found.size) for pair in range(len(pairs))])
     ranks = select_classes(found.scores, num_classes).argsort(dim=1)[images, classes]
     return Pointing(images, classes, ranks, torch.cat((hits, covered[:, None]), dim=1))
@@ -233,91 +231,51 @@ def _covered(boxes: Tensor, size: int) -> Tensor:
     return (y.T @ x > 0).double().mean()
 
 
-def pointing_rows(
-    pointing: Pointing, num_regions: int, num_images: int, num_resamples: int = 1000
-) -> list[dict[str, Any]]:
-    """Hit rates of the pointing game as rows: classes, pairs, point, mean, low, high (fractions).
+def image_sums(
+    objects: Objects, ways: Mapping[str, tuple[Tensor, Tensor]], pointing: Pointing, num_regions: int, num_images: int
+) -> tuple[dict[str, Tensor], dict[Key, Tensor]]:
+    """Counts and sums of each image (n,), the denominators and numerators of all shares that a record tells.
 
-    point: one of POINTS, or a paired difference: "peak", "cell" against "random pixel", "centre of the image".
+    Counts, by what is counted: objects ("all" and of SIZES), pairs of image and class ("present", "among the top N").
+    Sums, by Key. Over the counts they are MEASURES and POINTING; F1, over the objects and N, is kept as 2 TP.
     """
-    names = (*POINTS, *(f"{a} - {b}" for a in ("peak", "cell") for b in ("random pixel", "centre of the image")))
-    table = torch.cat((pointing.hits, pointing.hits[:, [0, 0, 1, 1]] - pointing.hits[:, [3, 2, 3, 2]]), dim=1)
+
+    def by_image(values: Tensor, images: Tensor) -> Tensor:
+        return torch.zeros(num_images, dtype=torch.float64).index_add(0, images, values.double())
+
+    numbers = counts_to_tell(num_regions, max_regions=next(iter(ways.values()))[1].shape[1])
+    ranges = {"all": (0.0, float("inf")), **SIZES}
+    bins = {size: (objects.sizes >= low) & (objects.sizes < high) for size, (low, high) in ranges.items()}
+    pairs = {"present": pointing.ranks >= 0, f"among the top {num_regions}": pointing.ranks < num_regions}
+    counts = {size: by_image(inside, objects.images) for size, inside in bins.items()}
+    counts |= {among: by_image(kept, pointing.images) for among, kept in pairs.items()}
+    sums = {}
+    for way, (of_objects, matched) in ways.items():
+        told = [(count, "all", FOUND) for count in numbers] + [(num_regions, size, FOUND) for size in SIZES]
+        for count, size, measure in [*told, *((num_regions, "all", measure) for measure in MEASURES[1:])]:
+            values = of_objects[:, count - 1, MEASURES.index(measure)] * bins[size]
+            sums[Key(way, count, size, measure)] = by_image(values.where(bins[size], 0), objects.images)
+        sums[Key(way, num_regions, "all", F1)] = 2 * matched[:, num_regions - 1]
+    for (among, kept), (at, point) in itertools.product(pairs.items(), enumerate(POINTS)):
+        sums[Key(point, num_regions, among, POINTING)] = by_image(pointing.hits[:, at] * kept, pointing.images)
+    return counts, {key: values for key, values in sums.items() if not values.isnan().any()}
+
+
+def counts_to_tell(num_regions: int, max_regions: int) -> list[int]:
+    """COUNTS, as far as there are classes, and the N that is reported."""
+    return sorted({count for count in (*COUNTS, num_regions) if count <= max_regions})
+
+
+def val_grid(objects: Objects, maps: Mapping[str, ClassMaps]) -> list[dict[str, Any]]:
+    """F1 of the top regions for every N of COUNTS and every tau of TAUS as rows: way, tau, N, F1 (a fraction). maps: by
+    way, "top" and "occlusion"."""
     rows = []
-    counted = {"present": pointing.ranks >= 0, f"among the top {num_regions}": pointing.ranks < num_regions}
-    for classes, kept in counted.items():
-        means = mean_intervals(table[kept], pointing.images[kept], num_images, num_resamples)
-        for point, found in zip(names, means.T.tolist(), strict=True):
-            row = {"classes": classes, "pairs": int(kept.sum()), "point": point}
-            rows.append(row | dict(zip(ENDS, found, strict=True)))
+    for (way, of_way), tau in itertools.product(maps.items(), TAUS):
+        found = class_regions(of_way, tau)
+        classes = select_classes(found.scores, min(max(COUNTS), found.scores.shape[1]))
+        boxes = found.boxes.gather(1, classes[..., None].expand(-1, -1, 4))
+        positives = matched_regions(objects, boxes, classes).sum(dim=0).tolist()
+        for count in COUNTS[: bisect_right(COUNTS, classes.shape[1])]:
+            share = 2 * positives[count - 1] / (len(objects.boxes) + count * len(classes))
+            rows.append({"way": way, "tau": tau, "N": count, "F1": round(share, 6)})
     return rows
-
-
-def measure_regions(runs: Runs, config: RunConfig) -> Mapping[str, Any]:
-    """The record of a run's regions on its test images, made once: overlap_rows, pointing_rows, and a small gallery.
-
-    The gallery holds, for the first test images, each region's box, class and map cells, and the annotated objects.
-    Without annotated boxes in the data set (a table has none) nothing is measured, and the gallery is all there is.
-    """
-    run_id = runs.run(config).run_id
-
-    def measured() -> dict[str, Any]:
-        check_settings()
-        test = runs.data(config).test
-        found = _measured(runs.trained_model(config), runs.splits.squares(test, config.image_size))
-        names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "data": test.title}
-        return {**names, **found, "environment": describe_environment(runs.profile.threads)}
-
-    keys = {"boxes": boxes_fingerprint(runs.data(config).test)} if "test_data" in runs.look(config)[0] else {}
-    return runs.keep("regions", run_id, regions_fingerprint(), measured, **keys)
-
-
-def regions_fingerprint() -> str:
-    """What a record of regions computes with."""
-    return fingerprint(_measured)
-
-
-def boxes_fingerprint(images: ImageSet) -> str:
-    """A short hash of the annotated objects of a split: corners, class and difficult of each, image by image."""
-    found = [images.boxes(index) for index in range(len(images))] if images.has_boxes else []
-    rows = [[part.tolist() for part in (each.xyxy, each.classes, each.difficult)] for each in found]
-    return content_id({"boxes": rows})
-
-
-def _measured(model: MCAR, squares: ResizedImages) -> dict[str, Any]:
-    test, num_images = squares.image_set, len(squares)
-    if not test.has_boxes:
-        unmeasured = {"difficult": 0, "objects": {}, "overlap": [], "pointing": []}
-        return {"images": num_images, **unmeasured, "gallery": _gallery(model, squares, NO_OBJECTS)}
-    objects, found = annotated_objects(test, squares.size), class_regions(model, squares)
-    counts = sorted({count for count in (*COUNTS, model.num_regions) if count <= len(test.classes)})
-    overlap = overlap_rows(objects, measure_overlaps(objects, found, max(counts)), counts, num_images)
-    return {
-        "images": num_images,
-        "difficult": sum(int(test.boxes(index).difficult.sum()) for index in range(num_images)),
-        "objects": {row["size"]: row["objects"] for row in overlap if row["size"] != "all"},
-        "overlap": overlap,
-        "pointing": pointing_rows(pointing_game(objects, found), model.num_regions, num_images),
-        "gallery": _gallery(model, squares, objects),
-    }
-
-
-def _gallery(model: MCAR, squares: ResizedImages, objects: Objects) -> list[dict[str, Any]]:
-    size, names = (squares.size, squares.size), squares.image_set.classes
-    indices = range(min(GALLERY_IMAGES, len(squares)))
-    scores, class_logits = class_maps(model, torch.stack([squares[at] for at in indices]))
-    found = attentional_regions(
-        class_logits, scores, size, model.num_regions, model.threshold, model.selection, model.generator
-    )
-
-    def entry(at: int) -> dict[str, Any]:
-        classes, here = found.classes[at, :GALLERY_REGIONS].tolist(), objects.images == at
-        annotated = zip(objects.classes[here].tolist(), objects.boxes[here].tolist(), strict=True)
-        return {
-            "image": squares.image_set.ids[at],
-            "labels": [names[k] for k in classes],
-            "boxes": found.boxes[at, :GALLERY_REGIONS].tolist(),
-            "cells": torch.sigmoid(class_logits)[at, classes].tolist(),
-            "annotated": [[names[k], box] for k, box in annotated],
-        }
-
-    return [entry(at) for at in indices]

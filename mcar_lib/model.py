@@ -4,7 +4,7 @@ Symbols of the paper: x images (B, 3, H, W); A = f(x) features (B, C, h, w) of s
 with K outputs; g, l global and local scores (B, K), here as logits; N regions an image; tau the localisation threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -58,6 +58,7 @@ class MCAR(nn.Module):
     generator: for what is drawn at random only. mean, std: by channel, the normalisation
     of the images that the backbone was trained with (see data.transforms.network_input); they travel with the model.
     Raises ConfigError on a bad pooling, N, tau or selection.
+    Autocast acts on the pass over the crops alone: in bf16 the global stream would place most boxes elsewhere.
     Source: the paper's method; logits in place of sigmoids (max and sigmoid commute), which is safe in bf16.
     """
 
@@ -95,19 +96,35 @@ class MCAR(nn.Module):
         self.generator = generator
         self.mean, self.std = mean, std
 
-    def forward(self, images: Tensor) -> Output:
-        """images: (B, 3, H, W) normalised float, H and W multiples of 32. Returns Output."""
+    def forward(self, images: Tensor, between: Callable[[Tensor], None] | None = None) -> Output:
+        """images: (B, 3, H, W) normalised float, H and W multiples of 32. Returns Output.
+
+        between: given the global logits before the pass over the crops, if there is one. Training goes back through the
+        global stream there, so that its activations are freed first; the Output's global logits then have no graph.
+        """
         check_image_size(images.shape[-2:])
+        with torch.autocast(images.device.type, enabled=False):
+            global_logits, regions = self.pass_over_images(images)
+            if regions is not None and between is not None:
+                between(global_logits)
+                global_logits = global_logits.detach()
+        local_logits = None if regions is None else self.pass_over_crops(images, regions.boxes)
+        return Output(global_logits, local_logits, regions)
+
+    def pass_over_images(self, images: Tensor) -> tuple[Tensor, Regions | None]:
+        """The global stream: images (B, 3, H, W) -> logits of g (B, K), and regions if there is a local stream."""
         feature_map = self.features(images)  # A: (B, C, h, w)
-        global_logits = self.classify(self.pool(feature_map))  # of g: (B, K)
+        global_logits = self.classify(self.pool(feature_map))
         if not self.local_stream:
-            return Output(global_logits, None, None)
-        regions = self.find_regions(feature_map, global_logits, images.shape[-2:])
-        crops = crop_regions(images, regions.boxes)  # (B*N, 3, H, W)
+            return global_logits, None
+        return global_logits, self.find_regions(feature_map, global_logits, images.shape[-2:])
+
+    def pass_over_crops(self, images: Tensor, boxes: Tensor) -> Tensor:
+        """The local stream: images (B, 3, H, W) and boxes (B, N, 4) in their pixels -> logits of l (B, K)."""
+        crops = crop_regions(images, boxes)  # (B*N, 3, H, W)
         crops = crops.contiguous(memory_format=_memory_format(images))
         region_logits = self.classify(self.pool(self.features(crops)))  # (B*N, K)
-        local_logits = region_logits.view(len(images), self.num_regions, -1).amax(dim=1)  # of l: (B, K)
-        return Output(global_logits, local_logits, regions)
+        return region_logits.view(len(images), self.num_regions, -1).amax(dim=1)
 
     def pool(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 1, 1): average, maximum, or their mean (gwp)."""

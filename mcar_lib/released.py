@@ -22,7 +22,7 @@ from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import CheckpointError, ConfigError, DataError, WeightsError, as_markdown
 from mcar_lib.files import reading, shipped, write_bytes
 from mcar_lib.model import MCAR, Output, Pooling, build_mcar
-from mcar_lib.regions import Selection, attention_maps
+from mcar_lib.regions import BoxSource, Selection, attention_maps
 from mcar_lib.weights import load_named
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Settings(BaseModel):
     threshold: FiniteFloat
     selection: Selection
     local_stream: bool
+    box_source: BoxSource = "maps"
 
 
 def _triple(values: object) -> object:
@@ -66,6 +67,7 @@ class Header(BaseModel):
     mean: ByChannel
     std: ByChannel
     config: Settings
+    decision_threshold: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ class ReleasedModel:
     """A trained model with all that its predictions need.
 
     model: MCAR or its global baseline in evaluation mode, float32. classes: the K class names. about: the file's
-    metadata, which names the run, its data, recipe and scores.
+    metadata, which names the run, its data, recipe and scores. decision_threshold: the score in (0, 1) from which a
+    label is predicted, chosen on validation images; 0.5 where nothing was chosen.
     """
 
     model: MCAR
     classes: tuple[str, ...]
     image_size: int
     about: Mapping[str, Any]
+    decision_threshold: float = 0.5
 
     def network_input(self, photos: Photo | Iterable[Photo]) -> Tensor:
         """Photos as predict takes them -> normalised (B, 3, S, S) on the model's device."""
@@ -148,7 +152,7 @@ def load_released(name_or_path: str | Path) -> ReleasedModel:
             about_file = "" if str(path) in str(error) else f"{path}: "
             raise WeightsError(f"{about_file}{error}") from error
     model.mean, model.std = header.mean, header.std
-    return ReleasedModel(model.eval(), classes, config.image_size, about)
+    return ReleasedModel(model.eval(), classes, config.image_size, about, header.decision_threshold)
 
 
 def read_header(path: Path) -> Header | None:
@@ -221,13 +225,17 @@ def _is_card(path: Path) -> bool:
 def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
     """Writes the last weights of a run as fp16, with the AP that they have on the run's test set after rounding.
 
+    Where the profile tunes, N, tau and the decision threshold are those that the val list has chosen.
     Raises WeightsError if the file cannot be written; an earlier file then stays.
     """
     from mcar_lib.metrics import average_precision
+    from mcar_lib.runs import choose, tested
     from mcar_lib.training import evaluate
 
-    config, test = record.config, runs.data(record.config).test
-    model = runs.trained_model(config)
+    chosen = choose(runs, record.config)
+    changes = {} if chosen is None else dict(chosen.changes)
+    config, test = record.config.vary(**changes), runs.data(record.config).test
+    model = runs.trained_model(record.config, **changes)
     rounded = {key: _rounded(key, value) for key, value in model.state_dict().items()}
     load_named(model, rounded, str(path))
     # In float32, whatever precision the run had: so the file is read, and so it scores.
@@ -238,18 +246,19 @@ def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
         "format": FORMAT,
         "run_id": record.run_id,
         "profile": record.content["profile"],
-        "config": record.content["config"],
+        "config": config.model_dump(mode="json"),
         "data": {key: value for key, value in record.data.items() if key != "classes"},
         "classes": record.classes,
         "mean": list(model.mean),
         "std": list(model.std),
         "weights": f"the package {bundle.distribution}" if bundle else config.weights,
-        "run_mAP": record.map(),
+        "run_mAP": tested(runs, record, **changes).map(),
         "mAP": _or_none(each.nanmean().item()),
         "AP": [_or_none(value) for value in each.tolist()],
         "environment": record.content["environment"],
     }
-
+    if chosen is not None:
+        about |= {"decision_threshold": chosen.decision_threshold, "chosen_on": chosen.scored_on}
     write_bytes(path, save(rounded, {METADATA: json.dumps(about)}), WeightsError, "choose another --output")
     return load_released(path)
 
@@ -283,6 +292,16 @@ def card_text(name: str, about: Mapping[str, Any], load: str | None = None) -> s
         ) from error
 
 
+def _told_of_choice(about: Mapping[str, Any]) -> str:
+    if "chosen_on" not in about:
+        return ""
+    names = "The learning rate, N, tau" if about["config"]["local_stream"] else "The learning rate"
+    return (
+        f"**Chosen on validation images** ({about['chosen_on']}). {names} and the score from which a label is "
+        f"predicted, {about['decision_threshold']:g}, which had the highest OF1 there.\n\n"
+    )
+
+
 def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
     config, data, environment = about["config"], about["data"], about["environment"]
     rate, each = config["learning_rate"], zip(about["classes"], about["AP"], strict=True)
@@ -291,6 +310,7 @@ def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
         what = f"MCAR over {config['backbone']}"
         regions = f", N = {config['num_regions']} regions, tau = {config['threshold']:g}"
         boxes = "output.regions.boxes  # pixels of the resized square\n"
+    device = environment["processor"] if environment["device"] == "CPU" else environment["device"]
     caution = (
         " The test photos are a subset of the published split: not comparable with the published figures."
         * data["subset"]
@@ -310,7 +330,8 @@ def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
         f"**Recipe.** Run `{about['run_id']}` of profile `{about['profile']}`, seed {config['seed']}, last epoch: "
         f"{config['epochs']} epochs, batch {config['batch_size']}, SGD at {rate:g} (backbone "
         f"{rate * config['backbone_factor']:g}), schedule {config['schedule']}; torch "
-        f"{environment['versions']['torch']} on {environment['processor']}.\n\n"
+        f"{environment['versions']['torch']} on {device}.\n\n"
+        f"{_told_of_choice(about)}"
         f"**Starting weights.** {config['backbone']} trained on ImageNet, from {about['weights']}"
         f"{LICENCE_OF_WEIGHTS.get(about['weights'], '')}. This file: MIT, as the code.\n\n"
         f"**Scores.** Test mAP of this file {percent(about['mAP'])}, of the run before rounding to fp16 "

@@ -2,16 +2,18 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from mcar_lib.runs.environment import describe_environment
+from mcar_lib.runs.environment import PeakMemory, describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -86,3 +88,27 @@ def tracked_texts() -> dict[str, str]:
     paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     contents = {str(path.relative_to(ROOT)): path.read_bytes() for path in paths if path.is_file()}
     return {name: content.decode(errors="ignore") for name, content in contents.items() if b"\0" not in content}
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="measures a process on Linux")
+def test_peak_memory_is_not_that_of_an_earlier_run() -> None:
+    earlier = PeakMemory()
+    if not earlier.known:
+        pytest.skip("this system does not let a process forget its peak")
+    large = torch.ones(2**28)  # 1 GiB
+    before = earlier.bytes
+    del large
+    own = PeakMemory()
+    small = torch.ones(2**26)
+    assert before is not None
+    assert own.bytes is not None
+    assert small.nbytes < own.bytes < before - 2**29
+
+
+def test_peak_memory_that_cannot_be_told_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert PeakMemory().bytes is None

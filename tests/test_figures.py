@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from mcar_lib import figures
-from mcar_lib.figures import COLOURS
-from mcar_lib.localisation import measure_regions
+from mcar_lib.figures import COLOURS, MODEL_COLOURS
+from mcar_lib.region_study import as_numbers, measure_regions
 from mcar_lib.regions import class_marginals, locate_intervals
 from mcar_lib.runs import BASELINE, METHOD, RunConfig, Runs
 
@@ -43,14 +43,24 @@ def test_settings_are_shown_with_the_ends_of_their_intervals_and_failed_ones_lef
         assert ends == [pytest.approx(each) for each in rows[["low", "high"]].to_numpy().tolist()]
 
 
-def test_accuracy_stands_over_cost_model_by_model() -> None:
+def test_accuracy_stands_over_cost_in_the_colour_of_its_model_and_the_marker_of_its_value() -> None:
     rows = table().query("varied == 'N ='").dropna()
-    axes = figures.accuracy_against_cost(rows, "title", ["GMACs an image"]).axes[0]
-    for place, model in enumerate((METHOD, BASELINE)):  # the cheaper one first
-        of_model = rows[rows["model"] == model].sort_values("GMACs an image")
-        line = axes.containers[place].lines[0]
-        assert line.get_xdata(orig=False).tolist() == of_model["GMACs an image"].tolist()
-        assert line.get_ydata(orig=False).tolist() == of_model["mAP"].tolist()
+    made = figures.accuracy_against_cost(rows, "title", ["GMACs an image"])
+    axes = made.axes[0]
+    for model in (BASELINE, METHOD):
+        for _, row in rows[rows["model"] == model].iterrows():
+            (line,) = (each.lines[0] for each in axes.containers if each.lines[0].get_ydata(orig=False) == row["mAP"])
+            assert line.get_xdata(orig=False).tolist() == [row["GMACs an image"]]
+            assert line.get_color() == MODEL_COLOURS[model]
+            assert line.get_marker() == figures.MARKERS[[8, 2, 4].index(row["value"])]
+    assert [text.get_text() for text in made.legends[0].get_texts()] == [BASELINE, METHOD, "8", "2", "4"]
+
+
+def test_models_with_a_cost_in_common_stand_side_by_side() -> None:
+    rows = table().query("varied == 'size'").assign(parameters=7.0)
+    axes = figures.accuracy_against_cost(rows, "title", ["parameters"]).axes[0]
+    places = {line.get_color(): line.get_xdata(orig=False)[0] for line, *_ in (each.lines for each in axes.containers)}
+    assert places[MODEL_COLOURS[BASELINE]] < 7.0 < places[MODEL_COLOURS[METHOD]]
 
 
 def test_nothing_is_drawn_where_nothing_was_measured() -> None:
@@ -109,5 +119,5 @@ def test_the_gallery_of_a_run_shows_what_its_record_says(runs: Runs, tiny_config
     entry = record["gallery"][1]
     solid = [place for style, place, _ in boxes_on(axes[3]) if style == "-"]
     assert all((x1, y1, x2 - x1, y2 - y1) in solid for x1, y1, x2, y2 in entry["boxes"])
-    cells, shown = np.array(entry["cells"][0]), axes[4].images[1].get_array()
+    cells, shown = np.array([as_numbers(row) for row in entry["cells"][0]]), axes[4].images[1].get_array()
     np.testing.assert_allclose(shown[[0, 0, -1, -1], [0, -1, 0, -1]], cells[[0, 0, -1, -1], [0, -1, 0, -1]], rtol=1e-6)

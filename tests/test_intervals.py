@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_scores import random_case
@@ -13,7 +12,7 @@ from scipy import stats
 
 import mcar_lib.intervals
 from mcar_lib.errors import ConfigError
-from mcar_lib.intervals import holm, map_difference, map_interval, mean_intervals, two_level
+from mcar_lib.intervals import holm, map_difference, map_interval, two_level
 from mcar_lib.metrics import average_precision, multilabel_metrics
 
 FLOAT64 = 1e-12  # two float64 computations of the same fraction
@@ -191,40 +190,6 @@ def test_two_level_leaves_out_resamples_without_a_number():
 def test_nothing_to_measure_has_no_ends_and_no_p_value(sample, estimate):
     found = two_level(np.full((5, 2), sample), np.array([1.0, estimate]))
     assert np.isnan([found.low, found.high, found.p_value]).all()
-
-
-# Means of objects
-
-
-def test_mean_intervals_equal_a_plain_loop_over_resamples():
-    generator = np.random.default_rng(0)
-    images = torch.from_numpy(generator.integers(0, 12, 40))
-    values = torch.from_numpy(generator.random((40, 2)))
-    weights = np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), 200)
-    means = []
-    for weight in weights:
-        copies = np.repeat(np.arange(40), weight[images.numpy()])
-        means.append(values.numpy()[copies].mean(axis=0))
-    mean, low, high = mean_intervals(values, images, 12, num_resamples=200, seed=5)
-    np.testing.assert_allclose(mean, values.mean(dim=0))
-    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975], axis=0))
-
-
-def test_mean_intervals_resample_images_not_objects():
-    values, images = torch.tensor([[0.0]] * 500 + [[1.0]] * 500), torch.tensor([0] * 500 + [1] * 500)
-    assert mean_intervals(values, images, 2)[:, 0].tolist() == [0.5, 0, 1]
-
-
-def test_an_interval_is_as_wide_as_the_normal_approximation():
-    values = torch.arange(400).remainder(2).double()[:, None]
-    _, low, high = mean_intervals(values, torch.arange(400), 400, num_resamples=4000)[:, 0]
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.004)
-
-
-def test_nothing_to_measure_gives_no_number():
-    empty = mean_intervals(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), 4)
-    assert empty.shape == (3, 3)
-    assert np.isnan(empty).all()
 
 
 # Holm

@@ -1,39 +1,41 @@
 """Regions against annotated boxes: hand-made cases, plain loops, the model's own regions, and the record of a run."""
 
-import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mcar_lib.attribution import ClassMaps, maps_of, occlusion, occlusion_maps
 from mcar_lib.data.image_set import Boxes, ImageSet
 from mcar_lib.data.transforms import ResizedImages
 from mcar_lib.errors import ConfigError, DataError
 from mcar_lib.localisation import (
+    F1,
+    FOUND,
     MEASURES,
+    MIDDLE,
+    PEAK,
+    POINTING,
     POINTS,
+    TAUS,
     ClassRegions,
+    Key,
     Objects,
     annotated_objects,
-    boxes_fingerprint,
-    class_maps,
     class_regions,
+    image_sums,
+    matched_regions,
     measure_overlaps,
-    measure_regions,
     overlap_measures,
-    overlap_rows,
     pointing_game,
-    pointing_rows,
+    val_grid,
 )
 from mcar_lib.model import MCAR
 from mcar_lib.regions import attention_maps
-from mcar_lib.runs import RunConfig, Runs
 from mcar_lib.training import network_input
 
 Annotation = tuple[list[int], int, bool]  # box, class, difficult
@@ -83,6 +85,9 @@ def random_objects(count: int, images: int, classes: int, size: int = 64, seed: 
 
 def column(measured: Tensor, name: str) -> Tensor:
     return measured[..., MEASURES.index(name)]
+
+
+OWN = "found at 0.3, own class"
 
 
 # ---- objects
@@ -148,7 +153,7 @@ def eval_model(contrasted: Callable[..., MCAR]) -> MCAR:
 
 @pytest.fixture(scope="module")
 def found(eval_model: MCAR, scene_squares: tuple[ResizedImages, ResizedImages]) -> ClassRegions:
-    return class_regions(eval_model, scene_squares[1])
+    return class_regions(maps_of(eval_model, scene_squares[1]), eval_model.threshold)
 
 
 @pytest.mark.parametrize("selection", ["top", "bottom"])
@@ -195,7 +200,7 @@ def test_cells_are_the_centres_of_the_highest_cells(
 def test_batches_do_not_change_what_is_found(
     eval_model: MCAR, found: ClassRegions, scene_squares: tuple[ResizedImages, ResizedImages]
 ) -> None:
-    one_by_one = class_regions(eval_model, scene_squares[1], batch_size=3)
+    one_by_one = class_regions(maps_of(eval_model, scene_squares[1], batch_size=3), eval_model.threshold)
     torch.testing.assert_close(one_by_one.scores, found.scores)
     assert torch.equal(one_by_one.boxes, found.boxes)
 
@@ -204,7 +209,7 @@ def test_a_model_in_training_mode_is_refused(
     tiny_model: Callable[..., MCAR], scene_squares: tuple[ResizedImages, ResizedImages]
 ) -> None:
     with pytest.raises(ConfigError, match="training mode"):
-        class_regions(tiny_model().train(), scene_squares[1])
+        maps_of(tiny_model().train(), scene_squares[1])
 
 
 # ---- overlaps
@@ -215,16 +220,13 @@ def test_measures_of_one_object_by_number_of_regions() -> None:
     boxes = torch.tensor([[[0, 0, 10, 5], [5, 0, 15, 10], [0, 0, 10, 10]]])  # IoU 1/2, 1/3, 1
     measured = overlap_measures(objects, boxes, torch.tensor([[0, 1, 1]]))[0]
     expected = {
-        "IoU, own class": [0, 1 / 3, 1],
-        "found at 0.3, own class": [0, 1, 1],
-        "found at 0.5, own class": [0, 0, 1],
-        "class taken": [0, 1, 1],
-        "IoU, any class": [0.5, 0.5, 1],
         "found at 0.3, any class": [1, 1, 1],
         "found at 0.5, any class": [1, 1, 1],
+        "found at 0.3, own class": [0, 1, 1],
+        "class taken": [0, 1, 1],
     }
     for name in MEASURES:
-        assert column(measured, name).tolist() == pytest.approx(expected[name]), name
+        assert column(measured, name).tolist() == expected[name], name
 
 
 def plain_iou(a: list[float], b: list[float]) -> float:
@@ -243,52 +245,61 @@ def test_overlaps_equal_a_plain_loop() -> None:
         same = (classes[image] == kind).tolist()
         for count in range(1, 6):
             own = max(iou if alike else 0.0 for iou, alike in zip(ious[:count], same[:count], strict=True))
-            assert column(measured, "IoU, own class")[index, count - 1].item() == pytest.approx(own)
-            assert column(measured, "IoU, any class")[index, count - 1].item() == pytest.approx(max(ious[:count]))
-            assert column(measured, "class taken")[index, count - 1].item() == any(same[:count])
+            expected = [max(ious[:count]) >= 0.3, max(ious[:count]) >= 0.5, own >= 0.3, any(same[:count])]
+            assert measured[index, count - 1].tolist() == expected
 
 
-def test_top_and_bottom_take_the_highest_and_lowest_scores() -> None:
+def test_a_region_is_matched_once_by_an_object_of_its_class() -> None:
+    objects = objects_of([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [1, 1, 2], [0, 0, 1])
+    boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 10, 10]], [[0, 0, 10, 10], [20, 20, 30, 30]]])
+    assert matched_regions(objects, boxes, torch.tensor([[1, 2], [2, 2]])).tolist() == [[1, 1], [0, 1]]
+
+
+def test_top_takes_the_highest_scores_and_occlusion_its_own_boxes_of_them() -> None:
     boxes = torch.tensor([[[0, 0, 8, 8], [8, 8, 16, 16], [16, 16, 24, 24]]])
     points = torch.zeros(1, 3, 2, dtype=torch.float64)
     found = ClassRegions(torch.tensor([[0.2, 0.9, 0.5]]), boxes, points, points, 64)
-    measured = measure_overlaps(objects_of([[8, 8, 16, 16], [0, 0, 8, 8]], [1, 0], [0, 0]), found, max_regions=3)
-    assert column(measured["top"], "IoU, own class").tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert column(measured["bottom"], "IoU, own class").tolist() == [[0, 0, 1], [1, 1, 1]]
+    objects = objects_of([[8, 8, 16, 16], [0, 0, 8, 8]], [1, 0], [0, 0])
+    measured = measure_overlaps(objects, found, found._replace(boxes=boxes.flip(1)), max_regions=3)
+    assert column(measured["top"][0], OWN).tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert measured["top"][1].tolist() == [[1, 1, 2]]
+    assert column(measured["occlusion"][0], FOUND).tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert column(measured["occlusion"][0], OWN).tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_random_regions_are_those_of_their_seed() -> None:
     found, objects = found_in(images=6, classes=9), random_objects(40, images=6, classes=9)
-    first, again, other = (measure_overlaps(objects, found, 4, seed=seed)["random"] for seed in (3, 3, 4))
+    first, again, other = (measure_overlaps(objects, found, found, 4, seed=seed)["random"][0] for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_random_regions_are_a_mean_over_draws() -> None:
     found, objects = found_in(images=6, classes=9), random_objects(40, images=6, classes=9)
-    taken = column(measure_overlaps(objects, found, 4, draws=5)["random"], "class taken")
+    taken = column(measure_overlaps(objects, found, found, 4, draws=5)["random"][0], "class taken")
     assert set((5 * taken[:, 0]).round().int().tolist()) > {0, 1}
     torch.testing.assert_close(5 * taken, (5 * taken).round())
 
 
-def test_with_all_classes_the_way_to_choose_does_not_matter() -> None:
+def test_with_all_classes_random_ones_are_the_top_ones() -> None:
     found, objects = found_in(images=6, classes=4), random_objects(40, images=6, classes=4)
-    measured = measure_overlaps(objects, found, max_regions=4)
-    assert column(measured["top"], "class taken")[:, 3].min() == 1
-    torch.testing.assert_close(measured["random"][:, 3], measured["top"][:, 3])
-    torch.testing.assert_close(measured["bottom"][:, 3], measured["top"][:, 3])
+    measured = measure_overlaps(objects, found, found, max_regions=4)
+    for random, top in zip(measured["random"], measured["top"], strict=True):
+        torch.testing.assert_close(random[:, 3], top[:, 3])
 
 
 def test_the_centre_box_covers_the_middle_three_quarters_and_knows_no_class() -> None:
     found = found_in(images=1, classes=4)
-    centre = measure_overlaps(objects_of([[8, 8, 56, 56]], [2], [0]), found, max_regions=2)["centre"]
-    assert column(centre, "IoU, any class").tolist() == [[1, 1]]
-    assert all(column(centre, name).isnan().all() for name in MEASURES if not name.endswith("any class"))
+    of_objects, matched = measure_overlaps(objects_of([[8, 8, 56, 56]], [2], [0]), found, found, 2)["centre"]
+    assert column(of_objects, FOUND).tolist() == [[1, 1]]
+    assert of_objects[..., 2:].isnan().all()
+    assert matched.isnan().all()
 
 
 def test_more_regions_than_classes_are_refused() -> None:
+    found = found_in(images=2, classes=4)
     with pytest.raises(ConfigError, match="num_regions is 5"):
-        measure_overlaps(random_objects(3, images=2, classes=4), found_in(images=2, classes=4), max_regions=5)
+        measure_overlaps(random_objects(3, images=2, classes=4), found, found, max_regions=5)
 
 
 # ---- the pointing game
@@ -303,14 +314,16 @@ def points_at(peaks: list[list[list[float]]], scores: list[list[float]], size: i
 def test_a_point_hits_any_box_of_its_class_and_boxes_are_half_open() -> None:
     objects = objects_of([[0, 0, 2, 2], [6, 6, 8, 8], [0, 0, 2, 4], [2.5, 0, 4, 4]], [0, 0, 1, 2], [0, 0, 0, 0], 8)
     found = points_at([[[6.5, 7.5], [2.0, 1.5], [2.5, 0.5]]], [[0.1, 0.2, 0.3]])
-    assert pointing_game(objects, found).hits[:, 0].tolist() == [1, 0, 1]
+    assert pointing_game(objects, found, found).hits[:, 0].tolist() == [1, 0, 1]
 
 
 def test_references_of_the_pointing_game() -> None:
     objects = objects_of([[0, 0, 4, 4], [2, 0, 6, 4], [4, 4, 8, 8]], [0, 0, 1], [0, 0, 0], 8)
-    hits = pointing_game(objects, points_at([[[7.5, 7.5], [0.5, 0.5]]], [[0.1, 0.2]])).hits
+    found = points_at([[[7.5, 7.5], [0.5, 0.5]]], [[0.1, 0.2]])
+    hits = pointing_game(objects, found, found._replace(cells=found.cells + 7)).hits
     expected = {
         "centre of the highest cell": [1, 0],  # at (0.5, 0.5)
+        "highest cell of occlusion": [0, 1],  # at (7.5, 7.5)
         "centre of the image": [0, 1],  # (4, 4) is in the half-open box that begins there only
         "random pixel": [24 / 64, 16 / 64],  # the two boxes overlap
     }
@@ -320,7 +333,7 @@ def test_references_of_the_pointing_game() -> None:
 def test_ranks_count_from_the_highest_score() -> None:
     objects = objects_of([[0, 0, 4, 4]] * 4, [0, 2, 1, 2], [0, 0, 1, 1], 8)
     found = points_at([[[0.5, 0.5]] * 3] * 2, [[0.1, 0.9, 0.5], [0.7, 0.9, 0.8]])
-    pointing = pointing_game(objects, found)
+    pointing = pointing_game(objects, found, found)
     assert list(zip(*(part.tolist() for part in pointing[:3]), strict=True)) == [
         (0, 0, 2),
         (0, 2, 1),
@@ -329,117 +342,109 @@ def test_ranks_count_from_the_highest_score() -> None:
     ]
 
 
-def test_pointing_rows_tell_all_classes_and_those_among_the_top() -> None:
+# ---- sums of images
+
+
+def sums_of(objects: Objects, found: ClassRegions, num_regions: int, images: int):
+    ways = measure_overlaps(objects, found, found, min(found.scores.shape[1], 8))
+    return image_sums(objects, ways, pointing_game(objects, found, found), num_regions, images)
+
+
+def test_pairs_are_counted_and_those_among_the_top() -> None:
     objects = objects_of([[0, 0, 4, 4], [4, 4, 8, 8]], [0, 1], [0, 0], 8)
     found = points_at([[[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]], [[0.5, 0.4, 0.1]])  # class 0 hits, class 1 misses
-    rows = {(row["classes"], row["point"]): row for row in pointing_rows(pointing_game(objects, found), 1, 1)}
-    assert (rows["present", "peak of the map"]["mean"], rows["present", "peak of the map"]["pairs"]) == (0.5, 2)
-    assert rows["present", "peak - random pixel"]["mean"] == 0.25
-    assert rows["present", "peak - centre of the image"]["mean"] == 0  # (4, 4) is in the second box
-    assert rows["present", "cell - random pixel"]["mean"] == 0.25
-    assert rows["present", "cell - centre of the image"]["mean"] == 0
-    assert rows["among the top 1", "peak of the map"]["mean"] == 1
-    assert rows["among the top 1", "peak - random pixel"]["mean"] == 0.75
+    counts, sums = sums_of(objects, found, 1, images=1)
+    assert (counts["present"].item(), counts["among the top 1"].item()) == (2, 1)
+    assert sums[Key(PEAK, 1, "present", POINTING)] == sums[Key(PEAK, 1, "among the top 1", POINTING)] == 1
+    assert sums[Key(MIDDLE, 1, "present", POINTING)] == 1  # (4, 4) is in the second box
+    assert sums[Key("random pixel", 1, "present", POINTING)] == 0.5
 
 
-# ---- rows
+def test_objects_are_counted_by_size_with_the_lower_end_in() -> None:
+    sides = (199, 200, 499, 500)
+    objects = objects_of([[0, 0, side, side] for side in sides], [0] * 4, [0] * 4, 1000)
+    counts, _ = sums_of(objects, found_in(1, 2, 1000), 1, images=1)
+    assert [counts[size].item() for size in ("all", "small", "medium", "large")] == [4, 1, 2, 1]
 
 
-def test_objects_are_binned_by_size_with_the_lower_end_in() -> None:
-    objects = objects_of(
-        [[0, 0, 199, 199], [0, 0, 200, 200], [0, 0, 499, 499], [0, 0, 500, 500]], [0] * 4, [0] * 4, 1000
-    )
-    rows = overlap_rows(objects, measure_overlaps(objects, found_in(1, 2, 1000), 1), [1], num_images=1, num_resamples=5)
-    counts = {row["size"]: row["objects"] for row in rows}
-    assert counts == {"all": 4, "small": 1, "medium": 2, "large": 1}
-
-
-def test_rows_hold_means_by_number_of_regions_and_paired_differences() -> None:
+def test_sums_over_images_are_those_of_their_objects() -> None:
     found, objects = found_in(images=6, classes=5), random_objects(40, images=6, classes=5)
-    measured = measure_overlaps(objects, found, max_regions=4)
-    rows = overlap_rows(objects, measured, [2, 4], num_images=6, num_resamples=50)
-    means = {(row["regions"], row["N"], row["measure"]): row["mean"] for row in rows if row["size"] == "all"}
-    for way, count, name in itertools.product(("top", "bottom", "random"), (2, 4), MEASURES):
-        assert means[way, count, name] == pytest.approx(column(measured[way], name)[:, count - 1].mean().item())
-    for count in (2, 4):
-        measure = "found at 0.3, any class"
-        expected = means["top", count, measure] - means["random", count, measure]
-        assert means["top - random", count, measure] == pytest.approx(expected)
-        assert np.isnan(means["top - centre", count, "IoU, own class"])
+    counts, sums = sums_of(objects, found, 2, images=7)  # the last image has no object
+    measured = measure_overlaps(objects, found, found, 5)
+    large = objects.sizes >= 0.5
+    assert counts["all"].tolist() == objects.images.bincount(minlength=7).tolist()
+    for key, kept in (Key("top", 4, "all", FOUND), large >= 0), (Key("random", 2, "large", FOUND), large):
+        values = column(measured[key.way][0], FOUND)[kept, key.N - 1]
+        assert sums[key].tolist() == pytest.approx(objects.images[kept].bincount(values, minlength=7).tolist())
+    assert sums[Key("top", 2, "all", F1)].tolist()[:6] == (2 * measured["top"][1][:, 1]).tolist()
+    assert {key.N for key in sums if (key.way, key.among, key.measure) == ("top", "all", FOUND)} == {1, 2, 4}
+    assert Key("centre", 2, "all", F1) not in sums  # it belongs to no class
 
 
-def test_ways_that_take_the_same_regions_differ_by_nothing() -> None:
-    found, objects = found_in(images=30, classes=5), random_objects(200, images=30, classes=5)
-    measured = measure_overlaps(objects, found, max_regions=5)
-    rows = overlap_rows(objects, measured, [5], num_images=30)  # all classes: the same regions, so no difference
-    (row,) = (
-        r for r in rows if (r["regions"], r["size"], r["measure"]) == ("top - random", "all", "found at 0.3, any class")
-    )
-    assert (row["mean"], row["low"], row["high"]) == (0, 0, 0)
+# ---- occlusion
 
 
-# ---- the record of a run
-
-
-def test_the_record_is_made_once_and_found_by_its_run(
-    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = measure_regions(runs, tiny_config)
-    monkeypatch.delattr("mcar_lib.localisation.class_regions")
-    assert repr(measure_regions(runs, tiny_config)) == repr(made)
-    assert made["run_id"] == runs.run(tiny_config).run_id
-
-
-def test_the_record_counts_what_it_measured(runs: Runs, tiny_config: RunConfig) -> None:
-    record, test = measure_regions(runs, tiny_config), runs.data(tiny_config).test
-    difficult = torch.cat([test.boxes(index).difficult for index in range(len(test))])
-    assert (record["data"], record["images"], record["difficult"]) == (test.title, len(test), difficult.sum())
-    assert list(record["objects"]) == ["small", "medium", "large"]
-    assert sum(record["objects"].values()) == (~difficult).sum()
-    assert {row["N"] for row in record["overlap"]} == {1, 2, 4, 6, 8}
-
-
-def test_the_gallery_has_the_boxes_and_maps_of_the_model(runs: Runs, tiny_config: RunConfig) -> None:
-    entry = measure_regions(runs, tiny_config)["gallery"][1]
-    mcar, test = runs.trained_model(tiny_config), runs.data(tiny_config).test
-    squares = runs.splits.squares(test, tiny_config.image_size)
-    images = torch.stack([squares[at] for at in range(4)])
+@pytest.fixture
+def brightness(tiny_model: Callable[..., MCAR]) -> MCAR:
+    """A model whose first class is the more certain the brighter its image, and whose others are never certain."""
+    model = tiny_model().eval()
+    model.features = torch.nn.AvgPool2d(32)
+    model.convclass = torch.nn.Conv2d(3, 20, 1)
     with torch.no_grad():
-        found = mcar(network_input(mcar, images)).regions
-    chosen = found.classes[1].tolist()
-    assert entry["image"] == test.ids[1]
-    assert entry["labels"] == [test.classes[k] for k in chosen]
-    assert entry["boxes"] == found.boxes[1].tolist()
-    expected = torch.sigmoid(class_maps(mcar, images)[1][1, chosen])
-    torch.testing.assert_close(torch.tensor(entry["cells"]), expected, rtol=1e-3, atol=1e-4)
+        model.convclass.weight.zero_()[0] = 1
+        model.convclass.bias.zero_()
+    return model
 
 
-def test_a_record_of_other_boxes_is_made_anew(runs: Runs, tiny_config: RunConfig) -> None:
-    record = measure_regions(runs, tiny_config)
-    assert record["boxes"] == boxes_fingerprint(runs.data(tiny_config).test)
-    (path,) = (runs.local_folder / "regions").glob("*.json")
-    path.write_text(json.dumps({**record, "boxes": "others", "images": 0}))
-    assert measure_regions(runs, tiny_config)["images"] == record["images"]
+def bright_square(x: int, y: int, side: int = 32, size: int = 192) -> Tensor:
+    image = torch.full((3, size, size), 117, dtype=torch.uint8)  # about the mean colour
+    image[:, y : y + side, x : x + side] = 255
+    return image
 
 
-@pytest.mark.parametrize("change", ["corner", "class", "difficult"])
-def test_the_fingerprint_of_boxes_holds_all_of_each(change: str) -> None:
-    kept = Boxes.of([[0, 0, 4, 4]], [0], [False])
-    other = Boxes.of([[0, 0, 4, 5 if change == "corner" else 4]], [int(change == "class")], [change == "difficult"])
-    images = [
-        ImageSet("a", "test", ("cat", "dog"), ("1",), (Path("1"),), torch.zeros(1, 2), lambda _, boxes=boxes: boxes)
-        for boxes in (kept, other)
-    ]
-    assert boxes_fingerprint(images[0]) != boxes_fingerprint(images[1])
+def test_occlusion_finds_a_bright_square(brightness: MCAR) -> None:
+    found = occlusion(brightness, bright_square(4 * 32, 1 * 32))
+    assert found.shape == (20, 6, 6)
+    assert divmod(int(found[0].argmax()), 6) == (1, 4)
+    assert (found[1:] == 0).all()
 
 
-def test_without_boxes_the_record_holds_the_gallery_alone(
-    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_cell_of_occlusion_is_how_far_the_logit_falls(brightness: MCAR) -> None:
+    inputs = network_input(brightness, bright_square(3 * 32, 2 * 32, 48)[None])
+    covered = inputs.clone()
+    covered[..., 64:96, 128:160] = 0
+    with torch.no_grad():
+        whole, less = (brightness.classify(brightness.pool(brightness.features(x)))[0, 0] for x in (inputs, covered))
+    found = occlusion(brightness, bright_square(3 * 32, 2 * 32, 48))
+    assert found[0, 2, 4].item() == pytest.approx((whole - less).item(), abs=1e-6)
+    assert found[0, 2, 4] > 0
+
+
+def test_regions_of_occlusion_lie_on_the_square_and_a_map_without_rise_falls_back(
+    brightness: MCAR, tmp_path: Path
 ) -> None:
-    data = runs.data(tiny_config)
-    bare = dataclasses.replace(data, scored=dataclasses.replace(data.test, read_boxes=None))
-    monkeypatch.setattr(runs, "data", lambda config=None: bare)
-    record = measure_regions(runs, tiny_config)
-    assert (record["overlap"], record["pointing"], record["objects"]) == ([], [], {})
-    assert [entry["annotated"] for entry in record["gallery"]] == [[]] * 4
-    assert all(entry["boxes"] for entry in record["gallery"])
+    Image.fromarray(bright_square(4 * 32, 1 * 32, 64).permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
+    images = ImageSet("a", "test", ("x",), ("0",), (tmp_path / "0.png",), torch.zeros(1, 1, dtype=torch.int8), None)
+    maps = occlusion_maps(brightness, ResizedImages(images, 192), torch.zeros(1, 20))
+    found = class_regions(maps, 0.5)
+    x1, y1, x2, y2 = found.boxes[0, 0].tolist()
+    assert x1 < 160 < x2
+    assert y1 < 64 < y2
+    assert (x2 - x1) * (y2 - y1) < 192**2 / 4
+    assert found.boxes[0, 1].tolist() == [24, 24, 168, 168]
+    assert torch.sigmoid(maps.cells[0, 0]).max() == 1
+
+
+# ---- choice on val
+
+
+def test_the_grid_holds_f1_of_the_top_regions() -> None:
+    cells = torch.full((1, 3, 7, 7), -9.0)
+    cells[0, 0, 1, 4], cells[0, 1, 5, 1] = 9.0, 9.0
+    maps = ClassMaps(torch.tensor([[3.0, 2.0, 1.0]]), cells, 224)
+    x1, y1, x2, y2 = class_regions(maps, 0.7).boxes[0, 0].tolist()
+    objects = objects_of([[x1, y1, x2, y2], [0, 0, 4, 4]], [0, 0], [0, 0], 224)
+    grid = {(row["way"], row["tau"], row["N"]): row["F1"] for row in val_grid(objects, {"top": maps})}
+    assert grid["top", 0.7, 1] == pytest.approx(2 / 3, abs=1e-6)  # one region matched; two objects and a region
+    assert grid["top", 0.7, 2] == pytest.approx(2 / 4)
+    assert {tau for _, tau, _ in grid} == set(TAUS)

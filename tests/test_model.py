@@ -1,5 +1,7 @@
 """The model: one set of weights for both streams, backbones by name, and weights from every place they come from."""
 
+import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -19,6 +21,7 @@ from mcar_lib.backbones import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MOBILENET_BUNDLE,
+    ReLU6,
     build_backbone,
     weights_fingerprint,
 )
@@ -63,6 +66,63 @@ def test_the_named_backbone_is_torchvision_s_without_its_head(backbone: str) -> 
     head = sum(parameter.numel() for parameter in list(whole.children())[-1].parameters())
     own = sum(parameter.numel() for parameter in build_backbone(backbone, "none").features.parameters())
     assert own == sum(parameter.numel() for parameter in whole.parameters()) - head
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_relu6_is_torch_s_bit_for_bit(inplace: bool, autocast: bool) -> None:
+    values = 8 * torch.randn(2, 64, 5, 7, generator=torch.Generator().manual_seed(0))
+    values.view(-1)[:6] = torch.tensor([0.0, -0.0, 6.0, math.nan, math.inf, -math.inf])
+    values = values.contiguous(memory_format=torch.channels_last)
+    found = []
+    for relu6 in (ReLU6(inplace), nn.ReLU6(inplace)):
+        x = values.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = relu6((x @ torch.eye(7)) * 1)  # a matrix product is what autocast rounds; * 1: nobody keeps its result
+        (y.float() ** 2).sum().backward()
+        found.append((y, x.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "efficientnet_lite0"])
+def test_a_backbone_with_relu6_keeps_less_and_computes_the_same(backbone: str) -> None:
+    ours = build_backbone(backbone, "none").features
+    theirs = copy.deepcopy(ours)
+    for module in theirs.modules():
+        for name, child in module.named_children():
+            if isinstance(child, ReLU6):
+                setattr(module, name, nn.ReLU6(child.inplace))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    kept = [_trained_once(features) for features in (ours, theirs)]
+    assert kept[0] < 0.9 * kept[1]
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_relu6_is_exported_as_torch_s_own() -> None:
+    x = torch.ones(2, requires_grad=True)
+    ours, theirs = (torch.export.export(relu6(), (x,)).graph.nodes for relu6 in (ReLU6, nn.ReLU6))
+    assert [node.target for node in ours] == [node.target for node in theirs]
+
+
+def _trained_once(features: nn.Module) -> int:
+    """Bytes kept for the backward pass, which is gone through."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # a result that its own graph kept would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = features.train()(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    result.square().mean().backward()
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,45 @@ def test_two_processes_agree_on_what_the_main_process_makes_or_raises(tmp_path: 
     assert second == [0, 2, [0, "x", 1, "x"], ["of process 0", False], ["of process 0", False]]
 
 
+STEP = """
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+from mcar_lib.model import MCAR
+from mcar_lib.training import processes, training_step
+
+rank, count = processes.rank(), processes.num_processes()
+
+def wrapped():
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=32, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    return nn.parallel.DistributedDataParallel(MCAR(features, 8, 5, num_regions=2), broadcast_buffers=False)
+
+ours, joint = wrapped(), wrapped()
+draw = torch.Generator().manual_seed(rank)
+for step in range(3):
+    images, targets = torch.randn(4, 3, 96, 96, generator=draw), torch.rand(4, 5, generator=draw).round()
+    output = joint(images)
+    sum(cross_entropy(logits, targets) for logits in output[:2]).backward()
+    training_step(ours, images, targets)
+    for one, other in zip(ours.parameters(), joint.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+        assert torch.equal(*processes.gather([one.grad]))
+        one.data -= one.grad
+        other.data -= other.grad
+        one.grad = other.grad = None
+print(f"process {rank} agrees")
+"""
+
+
+def test_two_processes_average_the_gradients_of_both_losses_bit_for_bit(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(STEP, encoding="utf-8")
+    done = ended(start_two(str(script)))
+    assert done.code == 0, done.err
+    assert all(f"process {rank} agrees" in done.out for rank in range(2))
+
+
 def test_two_processes_leave_one_record_that_says_so(trained: Trained) -> None:
     assert trained.record["environment"]["processes"] == 2
     assert len(trained.record["history"]) == 2

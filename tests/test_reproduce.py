@@ -20,6 +20,7 @@ from mcar_lib.files import DISTRIBUTION, write_text
 from mcar_lib.notebooks import jobs
 from mcar_lib.notebooks.jobs import compare, drifted, publish, reproduce
 from mcar_lib.notebooks.runner import DONE, select_notebooks
+from mcar_lib.runs import ONE_SEED
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 from mcar_lib.tables import Generated, fill_blocks
 
@@ -146,7 +147,33 @@ def test_results_that_cannot_be_written_are_an_error(tmp_path: Path, profile: Pa
         reproduce(str(profile), [], tmp_path / "file", None, tmp_path / "notebooks")
 
 
-def test_committed_results_stand_beside_those_made_here(
+def write_differences(folder: Path, name: str, *rows: str) -> None:
+    write_text(folder / "tables" / f"{name}.csv", "\n".join(["compared,difference,low,high,finding", *rows, ""]))
+
+
+def test_committed_findings_stand_beside_those_made_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here, committed = tmp_path / "here", tmp_path / "committed"
+    rows = ["max - avg,2.0,0.5,3.5,higher", f"N = 1 - 2,9.0,,,{ONE_SEED}", "lost,1.0,-1.0,3.0,none"]
+    write_differences(committed, "difference", "MCAR - baseline,5.2,3.0,7.2,MCAR is better")
+    write_differences(committed, "ablation_differences", *rows)
+    write_differences(here, "difference", "MCAR - baseline,5.0,2.6,6.9,MCAR is better")
+    write_differences(here, "ablation_differences", "max - avg,0.5,-1.0,2.0,none", f"N = 1 - 2,-9.0,,,{ONE_SEED}")
+    compare(committed, here)
+    page = here / "comparison_findings.md"
+    assert capsys.readouterr().out.splitlines() == [
+        "max - avg: committed +2.0 (+0.5 to +3.5), here +0.5 (-1.0 to +2.0): another finding (higher; here none)",
+        "MCAR - baseline: committed +5.2 (+3.0 to +7.2), here +5.0 (+2.6 to +6.9): the same finding",
+        f"findings: 1 the same, 1 another; 1 comparisons of one seed carry none, 1 are on one side only ({page})",
+        f"numbers: 0 compared ({here / 'comparison_runs.md'})",
+    ]
+    kept = {row["compared"]: row for row in pd.read_csv(page.with_suffix(".csv")).to_dict("records")}
+    assert kept["N = 1 - 2"]["verdict"] == ONE_SEED
+    told = ["committed", "committed low", "committed high", "here", "here low", "here high", "verdict"]
+    assert [kept["MCAR - baseline"][name] for name in told] == [5.2, 3.0, 7.2, 5.0, 2.6, 6.9, "the same finding"]
+    assert "| lost | 1.0 | -1.0 | 3.0 | none | - | - | - | - | only committed |" in page.read_text()
+
+
+def test_numbers_of_runs_stand_beside_those_made_here(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here, committed = tmp_path / "here", tmp_path / "committed"
@@ -155,18 +182,10 @@ def test_committed_results_stand_beside_those_made_here(
     content = json.loads(trained.record.read_text())
     content["metrics"]["last"]["fused"]["mAP"] += 0.5
     (committed / "runs" / trained.record.name).write_text(json.dumps(content))
-    for folder, finding in ((committed, "higher"), (here, "lower")):
-        rows = f"compared,difference,finding\nmax - avg,1.5,{finding}\ngwp - avg,0.5,none\n"
-        write_text(folder / "tables" / "ablation_pooling_differences.csv", rows)
     compare(committed, here)
-    runs = pd.read_csv(here / "comparison_runs.csv").set_index(["run", "metric"])["verdict"][content["label"]]
-    assert runs.to_dict() == {"mAP fused": "different", "mAP global": "same"}
-    findings = pd.read_csv(here / "comparison_findings.csv").set_index("compared")["verdict"]
-    assert findings.to_dict() == {"max - avg": "other finding", "gwp - avg": "same finding"}
-    printed = capsys.readouterr().out
-    assert "other finding" in printed
-    assert "1 different" in printed
-    assert "different" in (here / "comparison_runs.md").read_text()
+    apart = pd.read_csv(here / "comparison_runs.csv").set_index(["run", "metric"])["difference"][content["label"]]
+    assert apart.to_dict() == {"mAP fused": pytest.approx(-50), "mAP global": 0}
+    assert re.search(r"numbers: \d+ compared, up to 50\.0 points of mAP apart", capsys.readouterr().out)
 
 
 # ---- committed results

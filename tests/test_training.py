@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from mcar_lib.data.transforms import ResizedImages, normalise
 from mcar_lib.errors import CheckpointError, ConfigError, TrainingError
 from mcar_lib.files import write_atomically
 from mcar_lib.model import MCAR
+from mcar_lib.regions import crop_regions
 from mcar_lib.runs import Runs
 from mcar_lib.runs.trainer import dry_run
 from mcar_lib.training import (
@@ -45,6 +47,7 @@ from mcar_lib.training import (
     loop,
     network_input,
     stream_map,
+    training_step,
 )
 
 RECIPE = Recipe(epochs=4, batch_size=8, learning_rate=0.05, schedule="onecycle")
@@ -118,10 +121,10 @@ def test_history_loss_is_the_mean_over_images_not_over_batches(
 ) -> None:
     parts: list[tuple[StepLoss, int]] = []
 
-    def note(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
-        loss, part = step(model, images, targets, *group)
+    def note(model: MCAR, images: Tensor, targets: Tensor, *rest: object) -> StepLoss:
+        part = step(model, images, targets, *rest)
         parts.append((part, len(images)))
-        return loss, part
+        return part
 
     step = loop.training_step
     monkeypatch.setattr(loop, "training_step", note)
@@ -189,6 +192,77 @@ def test_bf16_differs_from_fp32(train: Train, tmp_path: Path) -> None:
     assert "history" in differences(one, other)
 
 
+@pytest.mark.parametrize("pooling", ["avg", "gwp"])
+@pytest.mark.parametrize("size", [0, 4])
+def test_a_step_is_that_of_the_sum_of_both_losses_bit_for_bit(
+    tiny_model: Callable[..., MCAR], pooling: str, size: int
+) -> None:
+    """Though it goes back through the global stream before it looks at the crops."""
+    draw = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 3, 64, 64, generator=draw), torch.rand(8, 20, generator=draw).round()) for _ in range(3)]
+    ours, joint = (tiny_model(pooling=pooling).train() for _ in range(2))
+    optimizers = [build_optimizer(each, Recipe(learning_rate=0.5)) for each in (ours, joint)]
+    for images, targets in batches:
+        output = forward_in_groups(joint, images, size)
+        losses = [cross_entropy(logits, targets) for logits in (output.global_logits, output.local_logits)]
+        sum(losses).backward()
+        assert training_step(ours, images, targets, size) == tuple(loss.item() for loss in losses)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    before, found = joint.state_dict(), ours.state_dict()
+    assert [key for key in before if not torch.equal(before[key], found[key])] == []
+
+
+def test_the_global_stream_s_activations_are_freed_before_the_pass_over_the_crops(
+    tiny_model: Callable[..., MCAR], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    left: list[bool] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        alive.append(weakref.ref(copy))
+        return copy
+
+    def crops(images: Tensor, boxes: Tensor) -> Tensor:
+        left.extend(one() is not None for one in alive)
+        return crop_regions(images, boxes)
+
+    monkeypatch.setattr("mcar_lib.model.crop_regions", crops)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda copy: copy):
+        training_step(tiny_model().train(), torch.rand(4, 3, 64, 64), torch.ones(4, 20))
+    assert left
+    assert not any(left)
+
+
+def test_bf16_keeps_every_box_and_the_global_logits(tiny_model: Callable[..., MCAR]) -> None:
+    made, images = tiny_model().eval(), torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    exact = made(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = made(images)
+    assert torch.equal(coarse.regions.boxes, exact.regions.boxes)
+    assert torch.equal(coarse.global_logits, exact.global_logits)
+    assert not torch.equal(coarse.local_logits, exact.local_logits)
+
+
+def test_bf16_scores_of_the_global_stream_are_those_of_fp32(
+    scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callable[..., MCAR]
+) -> None:
+    exact, coarse = (evaluate(tiny_model(), scene_squares[1], each, verbose=False) for each in ("fp32", "bf16"))
+    assert torch.equal(coarse.global_scores, exact.global_scores)
+    assert not torch.equal(coarse.local_scores, exact.local_scores)
+
+
+def test_bf16_goes_back_through_the_global_stream_in_float32(train: Train, tmp_path: Path) -> None:
+    """A first step over the same numbers has the same global loss, and the global-only model the same weights."""
+    runs = [
+        train(tmp_path / each, Recipe(epochs=1, batch_size=8, precision=each), local_stream=False)
+        for each in ("fp32", "bf16")
+    ]
+    assert differences(*runs) == []
+
+
 def test_bf16_keeps_its_weights_in_float32(train: Train, tmp_path: Path) -> None:
     _, made = train(tmp_path, Recipe(epochs=1, batch_size=24, precision="bf16"))
     assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
@@ -225,9 +299,9 @@ def seen_images(train: Train, folder: Path, recipe: Recipe) -> list[Tensor]:
     batches: list[Tensor] = []
     step = loop.training_step
 
-    def note(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
+    def note(model: MCAR, images: Tensor, targets: Tensor, *rest: object) -> StepLoss:
         batches.append(images.clone())
-        return step(model, images, targets, *group)
+        return step(model, images, targets, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "training_step", note)
@@ -561,10 +635,10 @@ def break_weights_at(monkeypatch: pytest.MonkeyPatch, call: int, value: float) -
     calls = itertools.count(1)
     step = loop.training_step
 
-    def broken(model: MCAR, images: Tensor, targets: Tensor, *group: int) -> tuple[Tensor, StepLoss]:
+    def broken(model: MCAR, images: Tensor, targets: Tensor, *rest: object) -> StepLoss:
         if next(calls) == call:
             model.convclass.bias.data.fill_(value)
-        return step(model, images, targets, *group)
+        return step(model, images, targets, *rest)
 
     monkeypatch.setattr(loop, "training_step", broken)
 

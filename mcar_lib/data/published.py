@@ -53,7 +53,7 @@ def load_what_is_there(name: str, split: str, root: Path, **options: object) -> 
             return None
     if (name, split) == ("voc2012", "test") and not _has_voc2012_test_labels(root):
         return load_voc(root, "2012", "test", labelled=False)
-    return load_image_set(name, split, root, **options)
+    return load_image_set(name, split, root, "test", **options)
 
 
 def load_scored_split(name: str, root: Path, scored_on: ScoredOn = "test", **options: object) -> ImageSet | None:

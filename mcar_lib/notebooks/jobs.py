@@ -7,31 +7,28 @@ import contextlib
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.markdown import Markdown
 
 from mcar_lib.errors import MCARError, ResultsError
 from mcar_lib.files import made_folder, needed_checkout, read_json, user_path, write_bytes, write_json
 from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place, run_notebook, select_notebooks
 from mcar_lib.progress import say
-from mcar_lib.runs import Record, Runs, load_profile, read_records
+from mcar_lib.runs import ONE_SEED, Runs, load_profile, points, read_records
+from mcar_lib.runs.claims import TOLD
 from mcar_lib.runs.records import RECORD_FORMAT, following, runs_of
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# A rerun elsewhere differs in the last bit of every sum, and training enlarges that. Of the six mini runs of the main
-# comparison on a CPU with AVX2 and on one with AVX-512, the two furthest apart differed by 0.044 in mAP.
-TOLERANCE = 0.06
 WRITTEN = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")  # by the notebooks
 KINDS = ("evaluations", "regions", "comparisons")  # of records that follow from runs
+SIDES = ("committed", "here")
+SAME, OTHER = "the same finding", "another finding"
+ONLY_COMMITTED, ONLY_HERE = "only committed", "only here"
 NAMED = 10  # files of somebody's own that are named at once
 
 
@@ -134,58 +131,79 @@ def _raise_if_any(names: Sequence[str], what: str) -> None:
 
 
 def compare(committed: Path, folder: Path) -> None:
-    """Prints the committed findings beside those made here; findings and runs, number by number, are kept as
-    comparison_findings and comparison_runs, .csv and .md."""
+    """Prints each committed finding beside that made here, a line each, then how far the numbers of the runs lie apart.
+
+    Both are kept as tables, comparison_findings and comparison_runs, .csv and .md.
+    """
     from mcar_lib.tables import Generated, markdown
 
+    findings, runs = compare_findings(committed, folder), compare_runs(committed, folder)
     written = Generated(folder)
-    for name, table in (("runs", compare_runs(committed, folder)), ("findings", compare_findings(committed, folder))):
+    for name, table in (("findings", findings), ("runs", runs)):
         written.put_text(f"comparison_{name}.csv", table.to_csv(index=False, float_format="%.4f"))
-        written.put_text(f"comparison_{name}.md", markdown(table, digits=2))
-        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
-        if name == "findings" and len(table):
-            Console(width=None if sys.stdout.isatty() else 160).print(Markdown(markdown(table)))
-        say(f"{name}: {verdicts or 'none to compare'} ({folder / f'comparison_{name}.md'})")
+        written.put_text(f"comparison_{name}.md", markdown(table))
+    for row in findings.to_dict("records"):
+        if row["verdict"] in (SAME, OTHER):
+            said = f" ({row['committed finding']}; here {row['here finding']})" if row["verdict"] == OTHER else ""
+            beside = ", ".join(f"{side} {_interval(row, side)}" for side in SIDES)
+            say(f"{row['compared']}: {beside}: {row['verdict']}{said}")
+    count = findings["verdict"].value_counts().get
+    one_sided = count(ONLY_COMMITTED, 0) + count(ONLY_HERE, 0)
+    say(
+        f"findings: {count(SAME, 0)} the same, {count(OTHER, 0)} another; {count(ONE_SEED, 0)} comparisons of one seed "
+        f"carry none, {one_sided} are on one side only ({folder / 'comparison_findings.md'})"
+    )
+    apart = runs["difference"].dropna().abs()
+    spread = f", up to {apart.max():.1f} points of mAP apart, half of them at most {apart.median():.1f}"
+    say(f"numbers: {len(apart)} compared{spread if len(apart) else ''} ({folder / 'comparison_runs.md'})")
+
+
+def _interval(row: Mapping[Any, Any], side: str) -> str:
+    return points({"difference": row[side], "low": row[f"{side} low"], "high": row[f"{side} high"]})
 
 
 def compare_runs(committed: Path, local: Path) -> "pd.DataFrame":
-    """Committed records against those made here, matched by configuration: fused and global mAP, last epoch."""
+    """Committed records against those made here, matched by configuration: fused and global mAP in percent, last epoch,
+    and how many points apart. No tolerance tells which are alike: seeds and rounding move a run, and what that comes to
+    is in the intervals of the findings."""
     import pandas as pd
 
     theirs, ours = (
         {record.config.model_dump_json(): record for record in read_records(folder) if record.is_scored}
         for folder in (committed, local)
     )
-    rows = [
-        [(theirs.get(key) or ours[key]).config.label, f"mAP {stream}", *_beside(theirs.get(key), ours.get(key), stream)]
-        for key in dict.fromkeys([*theirs, *ours])
-        for stream in ("fused", "global")
-    ]
-    return pd.DataFrame(rows, columns=["run", "metric", "committed", "here", "difference", "verdict"])
-
-
-def _beside(then: Record | None, here: Record | None, stream: str) -> list[object]:
-    values = [None if record is None else 100 * record.map(stream) for record in (then, here)]
-    if then is None or here is None:
-        return [*values, None, "only here" if then is None else "only committed"]
-    difference = here.map(stream) - then.map(stream)
-    close = "within tolerance" if abs(difference) <= TOLERANCE else "different"
-    return [*values, 100 * difference, "same" if difference == 0 else close]
+    rows = []
+    for key in dict.fromkeys([*theirs, *ours]):
+        for stream in ("fused", "global"):
+            then, here = (100 * of[key].map(stream) if key in of else None for of in (theirs, ours))
+            apart = None if then is None or here is None else here - then
+            rows.append([(theirs.get(key) or ours[key]).config.label, f"mAP {stream}", then, here, apart])
+    return pd.DataFrame(rows, columns=["run", "metric", *SIDES, "difference"]).astype(dict.fromkeys(SIDES, float))
 
 
 def compare_findings(committed: Path, local: Path) -> "pd.DataFrame":
-    """Every difference that a committed table tells, with what the same table says here."""
+    """Every difference that a table of either side tells, beside what the same table says on the other: points of mAP,
+    their interval, the finding, and whether it is the same. Differences of one seed are no findings."""
     import pandas as pd
 
-    found = {}
-    for side, folder in (("committed", committed), ("here", local)):
-        tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("*difference*.csv"))}
-        rows = [table.assign(table=name) for name, table in tables.items()]
-        frame = pd.concat(rows) if rows else pd.DataFrame(columns=["table", "compared", "difference", "finding"])
-        found[side] = frame[["table", "compared", "difference", "finding"]]
-    both = found["committed"].merge(found["here"], on=["table", "compared"], suffixes=(" committed", " here"))
-    same = both["finding committed"] == both["finding here"]
-    return both.assign(verdict=same.map({True: "same finding", False: "other finding"}))
+    columns = [[side if name == "difference" else f"{side} {name}" for name in TOLD[1:]] for side in SIDES]
+    sides: list[dict[tuple[str, str], dict[Any, Any]]] = [{}, {}]
+    for found, folder in zip(sides, (committed, local), strict=True):
+        tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("*.csv"))}
+        for name, table in tables.items():
+            if set(TOLD) <= set(table):
+                found |= {(name, row["compared"]): row for row in table.to_dict("records")}
+    rows = []
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        cells = [found.get(key, {}).get(name) for found in sides for name in TOLD[1:]]
+        rows.append([*key, *cells, _verdict(*(found.get(key, {}).get("finding") for found in sides))])
+    return pd.DataFrame(rows, columns=["table", "compared", *columns[0], *columns[1], "verdict"])
+
+
+def _verdict(then: str | None, here: str | None) -> str:
+    if then is None or here is None:
+        return ONLY_HERE if then is None else ONLY_COMMITTED
+    return ONE_SEED if ONE_SEED in (then, here) else SAME if then == here else OTHER
 
 
 # Publish and report --------------------------------------------------------------------------------------------------

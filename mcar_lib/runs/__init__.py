@@ -8,6 +8,7 @@ from mcar_lib.runs.comparisons import (
     grouped,
     interval,
     points,
+    scores_of,
     summarise,
     tested,
     told,
@@ -15,9 +16,10 @@ from mcar_lib.runs.comparisons import (
 from mcar_lib.runs.config import BASELINE, METHOD, Axis, Profile, RunConfig, load_profile, make_config
 from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.measures import OPERATING_POINTS, STREAMS
+from mcar_lib.runs.protocol import PROTOCOL, deviations
 from mcar_lib.runs.records import Failure, Prediction, Record, read_records
 from mcar_lib.runs.runs import Runs, open_runs
-from mcar_lib.runs.tuning import tune, tuning_rows
+from mcar_lib.runs.tuning import choose, tune, tuning_rows
 
 __all__ = [
     "BASELINE",
@@ -25,6 +27,7 @@ __all__ = [
     "NO_DIFFERENCE",
     "ONE_SEED",
     "OPERATING_POINTS",
+    "PROTOCOL",
     "STREAMS",
     "Axis",
     "Failure",
@@ -33,7 +36,9 @@ __all__ = [
     "Record",
     "RunConfig",
     "Runs",
+    "choose",
     "compare",
+    "deviations",
     "differences",
     "find_or_train",
     "grouped",
@@ -43,6 +48,7 @@ __all__ = [
     "open_runs",
     "points",
     "read_records",
+    "scores_of",
     "summarise",
     "tested",
     "told",

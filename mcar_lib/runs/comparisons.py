@@ -69,6 +69,13 @@ def _scores_with(runs: Runs, config: RunConfig, changes: Mapping[str, Value]) ->
     return runs.outcome(config).scores_of(evaluation_id("", changes), shape, score)
 
 
+def scores_of(runs: Runs, prediction: Prediction, epoch: str = "last") -> StreamScores:
+    """The test scores of a prediction, found on this machine or made from the run's weights."""
+    if prediction.changes:
+        return _scores_with(runs, prediction.config, prediction.changes)
+    return runs.scores(prediction.config, epoch)
+
+
 def interval(runs: Runs, group: Sequence[Record | Prediction], epoch: str = "last") -> Mapping[str, Any]:
     """mAP of a group and its 95 % interval, as fractions: the fields of MapInterval."""
     return compare(runs, group, (), epoch)
@@ -90,7 +97,7 @@ def compare(
         scores = [torch.stack([_scores(runs, each, epoch, targets) for each in side]) for side in sides if side]
         paired = [each.record.run_id for each in sides[0]] == [each.record.run_id for each in sides[1]]
         found = (
-            map_difference(*scores, targets, resamples, paired=paired)
+            map_difference(scores[0], scores[1], targets, resamples, paired=paired)
             if b
             else map_interval(scores[0], targets, resamples)
         )
@@ -118,8 +125,7 @@ def _scores(runs: Runs, prediction: Prediction, epoch: str, targets: torch.Tenso
     """Scores (n, K) of a prediction, held against its record: they are not committed, and made anew on another machine
     they are a little others."""
     config = prediction.config
-    found = _scores_with(runs, config, prediction.changes) if prediction.changes else runs.scores(config, epoch)
-    scores = by_stream(found)[prediction.stream]
+    scores = by_stream(scores_of(runs, prediction, epoch))[prediction.stream]
     recorded = prediction.map() if prediction.changes else prediction.record.map(prediction.stream, epoch)
     here = average_precision(scores, targets).nanmean().item()
     if abs(here - recorded) > SAME_MAP:
@@ -184,6 +190,7 @@ def differences(
         points = {key: 100 * each[key] for key in ("difference", "low", "high")}
         a, b = each["seeds"]
         seeds = (f"{a} pair" if a == 1 else f"{a} pairs") if each["paired"] else f"{a} and {b}"
+        tested: dict[str, Any]
         if math.isnan(p):
             tested = {"p": None, "p (Holm)": None, "seeds": seeds, "finding": ONE_SEED}
         else:

@@ -1,10 +1,11 @@
 """What a run ran on: for its record."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import platform
-import resource
 import subprocess
-import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,12 +25,29 @@ LIKE_ANOTHER_MACHINE = (
 )
 
 
-def peak_memory() -> int:
-    """Bytes: of the GPU's memory where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+class PeakMemory:
+    """The most memory that is taken from here on: of the GPU where there is one, else of this process."""
+
+    def __init__(self) -> None:
+        self.known = torch.cuda.is_available()
+        if self.known:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError, AttributeError):  # Linux with glibc
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what an earlier run has freed, and malloc kept (see keep_freed_memory)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+            self.known = True
+
+    @property
+    def bytes(self) -> int | None:
+        """None where the system cannot tell it from that of an earlier run in this process."""
+        if not self.known:
+            return None
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024  # in KiB there
 
 
 def describe_environment(threads: int = 0) -> dict[str, Any]:

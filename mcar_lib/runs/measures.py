@@ -10,7 +10,7 @@ from mcar_lib.data import ImageSet
 from mcar_lib.metrics import average_precision, multilabel_metrics
 from mcar_lib.model import MCAR
 from mcar_lib.runs.config import RunConfig
-from mcar_lib.runs.environment import peak_memory
+from mcar_lib.runs.environment import PeakMemory
 from mcar_lib.training import Fit, StreamScores
 
 STREAMS = ("global", "local", "fused")
@@ -73,8 +73,8 @@ def count_macs(mcar: MCAR, image_size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def run_cost(mcar: MCAR, config: RunConfig, state: Fit, seconds: float) -> dict[str, Any]:
-    """Parameters, operations, seconds and memory of a run; seconds: of this session."""
+def run_cost(mcar: MCAR, config: RunConfig, state: Fit, seconds: float, memory: PeakMemory) -> dict[str, Any]:
+    """Parameters, operations, seconds and memory of a run; the last two arguments: of this session."""
     return {
         "parameters": sum(parameter.numel() for parameter in mcar.parameters()),
         "parameters_over_backbone": sum(parameter.numel() for parameter in mcar.convclass.parameters()),
@@ -82,5 +82,5 @@ def run_cost(mcar: MCAR, config: RunConfig, state: Fit, seconds: float) -> dict[
         "train_seconds": sum(result.train_seconds for result in state.history),
         "test_seconds": sum(result.test_seconds for result in state.history),
         "seconds_this_session": seconds,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": memory.bytes,
     }

@@ -8,12 +8,13 @@ run         configuration (compared whole); code (keys.arithmetic); photos and l
 evaluation  the run and the values that differ (its name, see evaluation_id); code (made_by)
 comparison  runs, values, streams, epoch, resamples (its name, and a, b, epoch, num_resamples); code that reads scores
             and resamples (made_by); scores (their mAP is held against that of the run's record when it is made)
-regions     the run (its name); code (made_by); annotated boxes (boxes)
+regions     the run, N and tau where they are not its own (its name); code (made_by); annotated boxes (boxes)
 
 A file that is no whole record is named and passed over: one that is broken stops no other run.
 """
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Record:
     @functools.cached_property
     def config(self) -> RunConfig:
         try:
-            return make_config(self.content["config"])
+            return _config(json.dumps(self.content["config"]))
         except ConfigError as error:
             raise ResultsError(f"{self.path}: {error}; move it away") from error
 
@@ -99,6 +100,12 @@ class Record:
         """Whether it was made by this arithmetic, data and weights, as far as these keys tell."""
         own = self.content.get("keys", {})
         return all(own.get(name) in accepted(value) for name, value in keys.items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(text: str) -> RunConfig:
+    """Checked once: a grid looks at every record for every run."""
+    return make_config(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,6 @@ def _shapes(**fields: Any) -> Any:
 
 
 _NUMBER = float | None
-_INTERVAL = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER}
 _POINTS = {point: _shape(**dict.fromkeys(LABEL_METRICS, _NUMBER)) for point in OPERATING_POINTS}
 _STREAM = _shape(mAP=_NUMBER, classes_without_positives=int, AP=list[_NUMBER], at=_shape(**_POINTS))
 _METRICS = _shape(epoch=int, **dict.fromkeys(STREAMS, _STREAM))
@@ -280,9 +286,10 @@ SHAPES: Mapping[str, type[BaseModel]] = {
     ),
     "regions": _shape(
         **_NAMES,
-        **{"data": str, "images": int, "difficult": int, "objects": dict[str, int]},
-        overlap=_shapes(regions=str, N=int, size=str, objects=int, measure=str, **_INTERVAL),
-        pointing=_shapes(classes=str, pairs=int, point=str, **_INTERVAL),
+        **{"data": str, "images": int, "difficult": int, "counts": dict[str, str]},
+        settings=_shape(num_regions=int, threshold=float, occlusion_threshold=float),
+        sums=_shapes(way=str, N=int, among=str, measure=str, sums=str),
+        grid=_shapes(way=str, tau=float, N=int, F1=_NUMBER),
         gallery=_shapes(image=str, labels=list[str], boxes=list[Any], cells=list[Any], annotated=list[list[Any]]),
     ),
 }

@@ -17,6 +17,7 @@ from mcar_lib.files import OTHER_ARTIFACTS, made_folder, project_root, results_f
 from mcar_lib.model import MCAR
 from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
+from mcar_lib.runs.environment import PeakMemory
 from mcar_lib.runs.fingerprints import accepted
 from mcar_lib.runs.outcome import Outcome, alone
 from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
@@ -144,10 +145,11 @@ class Runs:
                 return found
             if self.verbose:
                 say(f"training {config.label} ({run_id})")
-            started, threads = time.monotonic(), self.profile.threads
+            started, memory, threads = time.monotonic(), PeakMemory(), self.profile.threads
             mcar, state = train(self.splits, config, outcome, threads)
             names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "profile": self.profile.name}
-            measured = described(config, self.data(config), mcar, state, time.monotonic() - started, threads)
+            seconds = time.monotonic() - started
+            measured = described(config, self.data(config), mcar, state, seconds, memory, threads)
             record = Record(
                 self.local_folder / "runs" / f"{config.label}-{run_id}.json", {**names, "keys": keys, **measured}
             )

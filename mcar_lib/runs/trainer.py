@@ -15,7 +15,7 @@ from mcar_lib.data.transforms import ResizedImages, sample_generator
 from mcar_lib.errors import CheckpointError, ConfigError
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.config import RunConfig
-from mcar_lib.runs.environment import describe_environment, peak_memory
+from mcar_lib.runs.environment import PeakMemory, describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.measures import count_macs, run_cost, run_metrics, stream_metrics
 from mcar_lib.runs.outcome import Outcome
@@ -106,8 +106,10 @@ def train(splits: Splits, config: RunConfig, outcome: Outcome, threads: int = 0)
     return mcar, state
 
 
-def described(config: RunConfig, data: Data, mcar: MCAR, state: Fit, seconds: float, threads: int) -> dict[str, Any]:
-    """What a run's record says beside its names and keys. seconds: of this session."""
+def described(
+    config: RunConfig, data: Data, mcar: MCAR, state: Fit, seconds: float, memory: PeakMemory, threads: int
+) -> dict[str, Any]:
+    """What a run's record says beside its names and keys. seconds, memory: of this session."""
     test = data.scored
     return {
         "config": config.model_dump(mode="json"),
@@ -121,7 +123,7 @@ def described(config: RunConfig, data: Data, mcar: MCAR, state: Fit, seconds: fl
         },
         "metrics": run_metrics(config, state, test),
         "history": [asdict(result) for result in state.history],
-        "cost": run_cost(mcar, config, state, seconds),
+        "cost": run_cost(mcar, config, state, seconds, memory),
         "environment": describe_environment(threads),
     }
 
@@ -145,19 +147,20 @@ class DryRun:
     train_images: int
     test_images: int
     result: EpochResult
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
 
     @property
     def lines(self) -> list[str]:
         """For the reader."""
         steps = -(-self.train_images // self.config.batch_size)
         loss = self.result.global_loss + self.result.local_loss
+        peak = self.peak_memory_bytes
         return [
             f"{self.config.label}: it runs",
             f"{steps} training steps of {self.config.batch_size} images: {self.result.train_seconds:.2f} s (the first "
             f"steps are slower than the others), loss {loss:.4f}",
             f"one test batch of {self.test_images} images: {self.result.test_seconds:.2f} s",
-            f"peak memory: {self.peak_memory_bytes / 2**30:.1f} GiB",
+            f"peak memory: {'not known on this system' if peak is None else f'{peak / 2**30:.1f} GiB'}",
         ]
 
 
@@ -173,6 +176,7 @@ def dry_run(splits: Splits, config: RunConfig, threads: int = 0) -> DryRun:
     mcar = processes.main_first(lambda: build_model(config, len(train.classes)))
     check_groups(mcar, len(data.train), config.image_size, config)
     squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
+    memory = PeakMemory()
     with tempfile.TemporaryDirectory() as folder, cpu_threads(threads):
         state = fit(mcar, *squares, config.vary(epochs=1), Path(folder), verbose=False)
-    return DryRun(config, len(train), len(test), state.history[0], peak_memory())
+    return DryRun(config, len(train), len(test), state.history[0], memory.bytes)

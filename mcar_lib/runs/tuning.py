@@ -1,12 +1,15 @@
 """The learning rate of each arm of a study, chosen on validation images: the same small budget for every arm."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcar_lib.runs.config import RunConfig, Tuning
+from mcar_lib.metrics import multilabel_metrics
+from mcar_lib.runs.comparisons import scores_of, tested
+from mcar_lib.runs.config import AxisName, RunConfig, Tuning
 from mcar_lib.runs.grid import find_or_train
-from mcar_lib.runs.records import Failure, Record
+from mcar_lib.runs.records import Failure, Record, Value
 from mcar_lib.runs.runs import Runs
 
 
@@ -43,37 +46,78 @@ def arm_of(config: RunConfig, tuning: Tuning) -> RunConfig:
     return config.vary(seed=tuning.seed, scored_on="val", **shared)
 
 
-def arms(runs: Runs, configs: Sequence[RunConfig]) -> list[Arm]:
+def arms(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[Arm]:
     """The arm of each configuration, tuned: its runs are found or trained, one a rate. Empty where the profile fixes
-    its rates."""
+    its rates. train: False only finds them: a rate without a record counts as one that failed."""
     tuning = runs.profile.tuning
     if tuning is None:
         return []
-    found = {}
-    for config in configs:
-        arm = arm_of(config, tuning)
-        found[arm.model_dump_json()] = Arm(arm, {})
+    found = {run.model_dump_json(): Arm(run, {}) for run in (arm_of(config, tuning) for config in configs)}
     while True:
         wanted = [(arm, rate) for arm in found.values() for rate in arm.wanted(tuning)]
         if not wanted:
             return [found[arm_of(config, tuning).model_dump_json()] for config in configs]
-        trained = find_or_train(runs, [arm.config.vary(learning_rate=rate) for arm, rate in wanted])
-        for (arm, rate), each in zip(wanted, trained, strict=True):
+        tried = [arm.config.vary(learning_rate=rate) for arm, rate in wanted]
+        tests: Sequence[Record | Failure | None]
+        tests = find_or_train(runs, tried) if train else [runs.find(config) for config in tried]
+        for (arm, rate), each in zip(wanted, tests, strict=True):
             arm.tried[rate] = value_of(each)
 
 
-def value_of(found: Record | Failure) -> float | None:
-    """What a tuning run is judged by: fused mAP on the val list after the last epoch, as a fraction."""
+def value_of(found: Record | Failure | None) -> float | None:
+    """What a tuning run is judged by: fused mAP on the val list after the last epoch, as a fraction; None without a
+    record."""
     return found.map() if isinstance(found, Record) else None
 
 
-def tune(runs: Runs, configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The configurations, each with the rate of its arm; as they are where the profile fixes its rates."""
-    tuned = arms(runs, configs)
+def tune(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[RunConfig]:
+    """The configurations, each with the rate of its arm; as they are where the profile fixes its rates. train: as for
+    arms; False for what is shown only where it was trained before."""
+    tuned = arms(runs, configs, train)
     return [
         config if arm.best is None else config.vary(learning_rate=arm.best)
         for config, arm in zip(configs, tuned or [Arm(each, {}) for each in configs], strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the val list decides beside the rate: values of the test, and the score from which a label is predicted.
+
+    changes: num_regions and threshold (tau) where they are others than those of the training; none of them changes a
+    weight. decision_threshold: a probability. scored_on: the title of the images.
+    """
+
+    changes: Mapping[str, Value]
+    decision_threshold: float
+    scored_on: str
+
+
+def choose(runs: Runs, config: RunConfig) -> Chosen | None:
+    """N, then tau, of the highest mAP on the val list among the profile's values, and the decision threshold of the
+    highest OF1 there, of equals the lowest; by the tuning run of this configuration. None without a tuning.
+
+    Raises the errors of that run's data and weights where they are needed.
+    """
+    tuning = runs.profile.tuning
+    if tuning is None:
+        return None
+    record = runs.run(arm_of(config, tuning).vary(learning_rate=config.learning_rate))
+    changes: dict[str, Value] = {}
+    names: list[AxisName] = ["num_regions", "threshold"] if config.local_stream else []
+    for name in names:
+        own = getattr(config, name)
+        values = [own, *(value for value in runs.profile.axis(name).values if value != own)]
+        found = {value: tested(runs, record, **{**changes, name: value}).map() for value in values}
+        best = max(found, key=lambda value: found[value])
+        changes |= {name: best} if best != own else {}
+    scores = scores_of(runs, tested(runs, record, **changes)).fused
+    val = runs.data(record.config).test
+    f1 = {
+        percent: multilabel_metrics(scores, val.targets, math.log(percent / (100 - percent)))["OF1"]
+        for percent in range(1, 100)
+    }
+    return Chosen(changes, max(f1, key=lambda percent: f1[percent]) / 100, val.title)
 
 
 def tuning_rows(runs: Runs, configs: Sequence[RunConfig]) -> list[dict[str, Any]]:

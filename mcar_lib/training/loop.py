@@ -167,10 +167,16 @@ class _Job:
         # only where a process has no image of its own, for it must take part in the step.
         used = own or len(images)
         x = network_input(self.model, images[:used])
-        loss, parts = training_step(self.wrapped, x, targets[:used], self.recipe.statistics_batch)
-        self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over the processes: weighted by their images, that is the mean over the batch.
-        self.accelerator.backward(loss * (own * processes.num_processes() / size))
+        weight = own * processes.num_processes() / size
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = training_step(
+            self.wrapped,
+            x,
+            targets[:used],
+            self.recipe.statistics_batch,
+            lambda loss: self.accelerator.backward(loss * weight),
+        )
         self.optimizer.step()
         self.schedule.step()
         return parts

@@ -4,10 +4,11 @@ Every random number is derived from (seed, epoch, image), never from how a run w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
@@ -31,6 +32,7 @@ class Recipe(BaseModel):
     milestones (epochs) and gamma belong to schedule "step"; warmup (fraction of all steps) to "onecycle".
     statistics_batch: how many images, with their crops, share batch statistics; 0 is the whole batch, the release's
     four GPUs had 4 each. crop_area: the least share of a photo's area that random resized crops keep; 1 crops nothing.
+    precision: "bf16" is that of the pass over the crops; the global stream, which places their boxes, is in float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -146,18 +148,34 @@ def forward_in_groups(model: nn.Module, images: Tensor, size: int) -> Output:
 
 
 def training_step(
-    model: nn.Module, images: Tensor, targets: Tensor, statistics_batch: int = 0
-) -> tuple[Tensor, StepLoss]:
-    """Forward pass and loss of one batch; returns the loss to differentiate and its two parts as numbers.
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    statistics_batch: int = 0,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> StepLoss:
+    """Forward and backward pass of one batch: adds to the gradients; returns both parts of the loss as numbers.
 
-    Raises TrainingError when the loss is NaN or infinite.
+    The global stream is gone back through before the crops are looked at, so that one pass's activations are kept at a
+    time; gradients are those of the sum, bit for bit. Groups of a batch are gone back through together: more than two
+    terms in another order would round differently. Raises TrainingError when the loss is NaN or infinite.
     """
-    global_loss, local_loss = mcar_loss(forward_in_groups(model, images, statistics_batch), targets)
+
+    def back_through_global_stream(logits: Tensor) -> None:
+        # This is within DDP's forward pass. It averages over the processes in the backward pass after that.
+        backward(F.binary_cross_entropy_with_logits(logits, targets))
+
+    if 0 < statistics_batch < len(images):
+        output = forward_in_groups(model, images, statistics_batch)
+    else:
+        output = model(images, back_through_global_stream)
+    global_loss, local_loss = mcar_loss(output, targets)
     loss = global_loss if local_loss is None else global_loss + local_loss
     parts = StepLoss(global_loss.item(), 0.0 if local_loss is None else local_loss.item())
     if not torch.isfinite(loss):
         raise TrainingError(f"the loss is {loss.item()}; lower learning_rate, or look for broken images or weights")
-    return loss, parts
+    backward(loss)
+    return parts
 
 
 class StreamScores(NamedTuple):
