@@ -115,9 +115,8 @@ def report(artifacts: Path, num_seeds: int, draws: int) -> str:
     for what, size in itertools.product((*scores, f"{METHOD} against {BASELINE}"), SIZES):
         share = {method: 100 * found[what, size, method] / total for method in (*METHODS, "mean")}
         held = f"{100 - share.pop('mean'):.1f}" if what in scores else "-"
-        rows.append(
-            f"| {what} | {size} and {size} | {' | '.join(f'{each:.1f}' for each in list(share.values())[:3])} | {held} |"
-        )
+        cells = " | ".join(f"{each:.1f}" for each in list(share.values())[:3])
+        rows.append(f"| {what} | {size} and {size} | {cells} | {held} |")
     maps = {arm: 100 * resampled_maps(of, targets, 2)[1] for arm, of in scores.items()}
     spread = "; ".join(f"{arm} {each.mean():.1f} (sd over seeds {each.std(ddof=1):.1f})" for arm, each in maps.items())
     return "\n".join(
