@@ -151,12 +151,12 @@ def test_a_profile_without_an_axis_says_which_it_has(tiny_profile: Profile) -> N
         tiny_profile.base("pooling")
 
 
-@pytest.mark.parametrize("name", ["smoke", "mini", "photos", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "photos", "paper"])
 def test_a_shipped_profile_has_every_axis(name: str) -> None:
     assert set(load_profile(name).ablations) == set(AXES)
 
 
-@pytest.mark.parametrize("name", ["mini", "photos", "paper"])
+@pytest.mark.parametrize("name", ["photos", "paper"])
 def test_a_profile_varies_what_the_paper_varies(name: str) -> None:
     values = {axis: set(load_profile(name).ablations[axis].values) for axis in AXES}
     assert values["pooling"] == set(POOLINGS)
@@ -171,14 +171,16 @@ def test_the_paper_profile_has_the_paper_s_backbones() -> None:
     assert set(load_profile("paper").ablations["backbone"].values) == {"mobilenet_v2", "resnet50", "resnet101"}
 
 
-def test_the_axes_of_the_default_profile_share_the_runs_they_can_share() -> None:
-    profile = load_profile("mini")
-    assert len({profile.base(axis).model_dump_json() for axis in profile.ablations}) == 1
+def test_axes_share_the_runs_they_can_share() -> None:
+    profile = load_profile("photos")
+    shared = {axis: profile.base(axis).model_dump_json() for axis in profile.ablations}
+    assert len(set(shared.values())) == 2
+    assert shared["image_size"] == shared["threshold"] == profile.run.model_dump_json()
 
 
 def test_an_axis_changes_the_run_to_stay_in_its_budget() -> None:
-    profile = load_profile("mini")
-    assert (profile.run.epochs, profile.base("pooling").epochs) == (4, 2)
+    profile = load_profile("photos")
+    assert (profile.run.image_size, profile.base("pooling").image_size) == (224, 160)
 
 
 AXIS = "[ablations.num_regions]\nvalues = [4, {value}]\n{change}"

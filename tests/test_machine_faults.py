@@ -467,7 +467,7 @@ def use(kind: str, path: Path, content: Any) -> None:
 def test_a_damaged_record_is_named_and_passed_over(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = min((ROOT / "results" / "mini" / kind).glob("*.json"))
+    source = min((ROOT / "results" / "photos" / kind).glob("*.json"))
     good, path = source.read_bytes(), tmp_path / "damaged.json"
     for damaged in mutated(good):
         path.write_bytes(damaged)
