@@ -360,7 +360,7 @@ def test_what_is_kept_beside_runs_follows_the_same_rule(
 ) -> None:
     monkeypatch.setitem(SAME_NUMBERS, "today", ("former",))
     made_anew = []
-    errors = {"seed_error": None, "image_error": 0.1, "degrees_of_freedom": None}
+    errors = {"seed_error": 0.1, "image_error": 0.1, "degrees_of_freedom": 2.0}
     interval = {"format": 1, "a": ["x"], "b": [], "runs": ["x"], "low": 0.0, "high": 3.0, "seeds": 1, **errors}
 
     def make() -> dict[str, object]:
