@@ -37,7 +37,7 @@ from mcar_lib.runs.environment import describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.records import RECORD_FORMAT
 from mcar_lib.runs.runs import Runs
-from mcar_lib.runs.tuning import arm_of, tune
+from mcar_lib.runs.tuning import tune, tuning_run
 from mcar_lib.training.loop import check_settings
 
 GALLERY_IMAGES, GALLERY_REGIONS = 4, 3
@@ -65,8 +65,7 @@ def val_record(runs: Runs, config: RunConfig) -> Mapping[str, Any] | None:
     no tuning."""
     if runs.profile.tuning is None:
         return None
-    rate = tune(runs, [config])[0].learning_rate
-    return measure_regions(runs, arm_of(config, runs.profile.tuning).vary(learning_rate=rate))
+    return measure_regions(runs, tuning_run(tune(runs, [config])[0], runs.profile.tuning))
 
 
 def own_settings(config: RunConfig) -> Settings:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mcar_lib.runs.comparisons import NO_DIFFERENCE, ONE_SEED, points
+from mcar_lib.runs.comparisons import ONE_SEED, points
+from mcar_lib.runs.comparisons import is_finding as is_finding
 
 REPLICATED, NOT_REPLICATED = "replicated here", "not replicated here"
 NOT_TESTED, NOTHING_PUBLISHED = "not tested here", "nothing published"
@@ -20,10 +21,6 @@ def rows_like(rows: Iterable[Row], pattern: str) -> list[dict[Any, Any]]:
     """The rows whose whole name is as a pattern says, each with a label: the groups of the pattern, none for none."""
     found = [(row, re.fullmatch(pattern, row["compared"])) for row in rows]
     return [{**row, "label": " ".join(filter(None, match.groups()))} for row, match in found if match]
-
-
-def is_finding(row: Row) -> bool:
-    return row["finding"] not in (NO_DIFFERENCE, ONE_SEED)
 
 
 def agrees(row: Row, claimed: str) -> bool:

@@ -200,11 +200,16 @@ def differences(
     return rows
 
 
+def is_finding(row: Mapping[str, Any]) -> bool:
+    """Whether a row of differences says that there is one."""
+    return row["finding"] not in (NO_DIFFERENCE, ONE_SEED)
+
+
 def told(rows: Iterable[Mapping[str, Any]]) -> str:
     """What differences support, in sentences that they write themselves."""
     rows = list(rows)
     one_seed = sum(row["finding"] == ONE_SEED for row in rows)
-    shown = [row for row in rows if row["finding"] not in (NO_DIFFERENCE, ONE_SEED)]
+    shown = [row for row in rows if is_finding(row)]
     rest = len(rows) - one_seed - len(shown)
     sentences = [f"{row['compared']}: {points(row)} points of mAP." for row in shown]
     if rest == len(rows):

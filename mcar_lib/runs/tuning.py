@@ -52,11 +52,12 @@ def arms(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[A
     tuning = runs.profile.tuning
     if tuning is None:
         return []
-    found = {run.model_dump_json(): Arm(run, {}) for run in (arm_of(config, tuning) for config in configs)}
+    asked = [arm_of(config, tuning) for config in configs]
+    found = {run.model_dump_json(): Arm(run, {}) for run in asked}
     while True:
         wanted = [(arm, rate) for arm in found.values() for rate in arm.wanted(tuning)]
         if not wanted:
-            return [found[arm_of(config, tuning).model_dump_json()] for config in configs]
+            return [found[run.model_dump_json()] for run in asked]
         tried = [arm.config.vary(learning_rate=rate) for arm, rate in wanted]
         tests: Sequence[Record | Failure | None]
         tests = find_or_train(runs, tried) if train else [runs.find(config) for config in tried]
@@ -73,11 +74,17 @@ def value_of(found: Record | Failure | None) -> float | None:
 def tune(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[RunConfig]:
     """The configurations, each with the rate of its arm; as they are where the profile fixes its rates. train: as for
     arms; False for what is shown only where it was trained before."""
-    tuned = arms(runs, configs, train)
+    if runs.profile.tuning is None:
+        return list(configs)
     return [
         config if arm.best is None else config.vary(learning_rate=arm.best)
-        for config, arm in zip(configs, tuned or [Arm(each, {}) for each in configs], strict=True)
+        for config, arm in zip(configs, arms(runs, configs, train), strict=True)
     ]
+
+
+def tuning_run(config: RunConfig, tuning: Tuning) -> RunConfig:
+    """The run on the val list at a configuration's own rate: by it, what no weight depends on is chosen."""
+    return arm_of(config, tuning).vary(learning_rate=config.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def choose(runs: Runs, config: RunConfig) -> Chosen | None:
     tuning = runs.profile.tuning
     if tuning is None:
         return None
-    record = runs.run(arm_of(config, tuning).vary(learning_rate=config.learning_rate))
+    record = runs.run(tuning_run(config, tuning))
     changes: dict[str, Value] = {}
     names: list[AxisName] = ["num_regions", "threshold"] if config.local_stream else []
     for name in names:
