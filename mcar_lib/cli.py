@@ -27,7 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from mcar_lib.errors import CheckpointError, ConfigError, DataError, MCARError, ResultsError, WeightsError, printable
+from mcar_lib.errors import (
+    RESUMABLE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MCARError,
+    ResultsError,
+    Stopped,
+    WeightsError,
+    printable,
+)
 from mcar_lib.files import user_path
 
 if TYPE_CHECKING:
@@ -36,7 +46,8 @@ if TYPE_CHECKING:
 EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
 EPILOG = (
     "Exit codes: 0 done; 1 a notebook or run failed, or a generated file drifted; 2 wrong usage or configuration; "
-    "3 data; 4 weights or checkpoint; 5 results; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM."
+    "3 data; 4 weights or checkpoint; 5 results; 75 training was stopped, left a checkpoint of that moment, and the same "
+    "command goes on from it; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM elsewhere."
 )
 # What the scores of a checkpoint depend on beside its weights.
 RELEASED = (
@@ -56,7 +67,8 @@ class Commands(TyperGroup):
             if _is_first_to_tell():
                 how = f"stopped by {stop.signal.name}" if isinstance(stop, Stopped) else "interrupted"
                 typer.echo(f"{how}; the same command goes on from here", err=True)
-            raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+            resumable = getattr(stop, "resumable", False)
+            raise typer.Exit(RESUMABLE if resumable else 128 + getattr(stop, "signal", signal.SIGINT)) from None
 
     def _invoke(self, ctx: Any) -> Any:
         try:
@@ -82,14 +94,6 @@ class Commands(TyperGroup):
 
             processes.check_command(found[0])
         return found
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asks this program to end, which it does as on Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.signal = signal.Signals(number)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """One family of errors: each says what is wrong, where, and what to do about it."""
 
 import re
+import signal
 import unicodedata
 
+RESUMABLE = 75
+"""Exit code of a run that was stopped and left a checkpoint: EX_TEMPFAIL of sysexits.h, "try again later"."""
 JOINERS = "\u200c\u200d"  # parts of words and signs in some scripts
 
 
@@ -36,6 +39,17 @@ class ResultsError(MCARError):
 
 class TrainingError(MCARError):
     """Training cannot go on, for example because the loss is no longer a number."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks this program to end, which it does as on Ctrl-C.
+
+    resumable: a checkpoint of this very moment was written.
+    """
+
+    def __init__(self, number: int, resumable: bool = False) -> None:
+        super().__init__()
+        self.signal, self.resumable = signal.Signals(number), resumable
 
 
 def reason_of(error: Exception) -> str:

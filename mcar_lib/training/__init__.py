@@ -3,6 +3,7 @@
 from mcar_lib.data.transforms import network_input
 from mcar_lib.training import processes
 from mcar_lib.training.checkpoint import CHECKPOINT, PREVIOUS, EpochResult, Fit
+from mcar_lib.training.execution import Execution, Standing
 from mcar_lib.training.loop import (
     EVALUATION_BATCH,
     SETTINGS,
@@ -35,7 +36,7 @@ from mcar_lib.training.recipe import (
 # fmt: off
 __all__ = [
     "CHECKPOINT", "EPOCH", "EVALUATION", "EVALUATION_BATCH", "INITIALISATION", "ORDER", "PREVIOUS", "SETTINGS",
-    "EpochOrder", "EpochResult", "Fit", "Positive", "Recipe", "StepLoss", "StreamScores", "TrainingImages",
+    "EpochOrder", "EpochResult", "Execution", "Fit", "Positive", "Recipe", "Standing", "StepLoss", "StreamScores", "TrainingImages",
     "batch_scores", "build_optimizer", "build_schedule", "check_groups", "evaluate", "fit", "forward_in_groups",
     "keep_freed_memory", "network_input", "parameter_groups", "processes", "seed_everything", "stream_map",
     "training_step",

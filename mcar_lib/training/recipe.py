@@ -32,6 +32,8 @@ class Recipe(BaseModel):
     milestones (epochs) and gamma belong to schedule "step"; warmup (fraction of all steps) to "onecycle".
     statistics_batch: how many images, with their crops, share batch statistics; 0 is the whole batch, the release's
     four GPUs had 4 each. crop_area: the least share of a photo's area that random resized crops keep; 1 crops nothing.
+    evaluate_every: the test set is scored after every so many epochs, and after the last one in any case; the "best"
+    epoch is the best of those that were scored.
     precision: "bf16" is that of the pass over the crops; the global stream, which places their boxes, is in float32.
     """
 
@@ -51,6 +53,7 @@ class Recipe(BaseModel):
     flip: bool = True
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3
     crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(ge=0)] = 0
 
