@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
 EPILOG = (
     "Exit codes: 0 done; 1 a notebook or run failed, or a generated file drifted; 2 wrong usage or configuration; "
-    "3 data; 4 weights or checkpoint; 5 results; 75 training was stopped, left a checkpoint of that moment, and the same "
-    "command goes on from it; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM elsewhere."
+    "3 data; 4 weights or checkpoint; 5 results; 75 training was stopped and left a checkpoint of that moment, from "
+    "which the same command goes on; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM elsewhere."
 )
 # What the scores of a checkpoint depend on beside its weights.
 RELEASED = (
