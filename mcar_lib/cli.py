@@ -357,6 +357,12 @@ def train(
         list[str] | None,
         typer.Option(envvar="MCAR_TRACKERS", help="tensorboard, wandb, ...: where an epoch's scalars go; repeatable."),
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", envvar="MCAR_RECOMPUTE", help="Less memory, more time: activations are computed twice."
+        ),
+    ] = False,
 ) -> None:
     """Train one run, or find it if it was trained before, and print its metrics.
 
@@ -370,6 +376,7 @@ def train(
     how = {
         "checkpoint_minutes": checkpoint_minutes,
         "trackers": tuple(name for names in track or () for name in names.split(",")),
+        "recompute": recompute,
     }
     runs, config = dataclasses.replace(asked, results=own).open(**how)
     if dry_run:
