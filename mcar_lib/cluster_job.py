@@ -29,17 +29,19 @@ class ClusterJob:
     """Carries out a command in a job of submitit, in which it may be called once; the job fails where the command does.
 
     A job that is to make room (submitit's signal, before the time limit or a preemption) tells the command to stop with
-    SIGTERM, waits for it and is queued again: the same command then goes on from its checkpoint. Slurm sends SIGTERM,
-    which submitit lets pass, to the command as well; when that ends it as STOPPED says, the job is queued again too.
+    SIGTERM, waits for it and is queued again: the same command then goes on from its checkpoint. The job does the same
+    on SIGTERM, which submitit would let pass, and where the command alone was told to stop.
     """
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[str] | None = None
+        self._is_told = False
 
     def __call__(self, command: Sequence[str]) -> None:
         # Slurm signals every process of a job, and training would die of this one: it inherits that it is blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTIONS)
         self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        signal.signal(signal.SIGTERM, lambda *_: self._tell())
         assert self._child.stderr is not None
         last = deque[str](maxlen=LAST_LINES)
         errors = threading.Thread(target=_pass_on, args=(self._child.stderr, last), daemon=True)
@@ -50,7 +52,7 @@ class ClusterJob:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTIONS)
         errors.join(timeout=5)  # a process that outlives the child may hold the pipe
-        if self._child.returncode in STOPPED:
+        if self._child.returncode in STOPPED or (self._is_told and self._child.returncode):  # torchrun's is always 1
             _queue_again()
         if self._child.returncode:
             raise MCARError(f"exit code {self._child.returncode}\n{''.join(last).rstrip()}")
@@ -63,9 +65,15 @@ class ClusterJob:
         from submitit.helpers import DelayedSubmission
 
         if self._child is not None:
-            self._child.terminate()
+            self._tell()
             self._child.wait()
         return DelayedSubmission(ClusterJob(), command)
+
+    def _tell(self) -> None:
+        """Tells the child to stop, once: training that is told again, later, ends without a checkpoint."""
+        if self._child is not None and not self._is_told:
+            self._is_told = True
+            self._child.terminate()
 
 
 def _pass_on(errors: IO[str], last: deque[str]) -> None:

@@ -34,12 +34,12 @@ bootstrap_resamples = 20
 threads = 1
 [run]
 dataset = "scenes"
-data_options = { num_train = 96, num_test = 16, side = 64, seed = 3 }
+data_options = { num_train = 48, num_test = 16, side = 64, seed = 3 }
 backbone = "mobilenet_v2"
 weights = "none"
 image_size = 32
 num_regions = 2
-epochs = 16
+epochs = 10
 batch_size = 8
 learning_rate = 0.05
 schedule = "onecycle"
@@ -211,13 +211,14 @@ def slurm(folder: Path) -> Iterator[None]:
     try:
         with (folder / "daemons.log").open("wb") as log:
             for command in daemons:
-                running.append(subprocess.Popen(command, stdout=log, stderr=log))
+                running.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
                 time.sleep(1)
         until("a node that is idle", lambda: b"idle" in subprocess.run(["sinfo", "-h"], capture_output=True).stdout, 60)
         yield
-        until("an empty queue", lambda: not subprocess.run(["squeue", "-h"], capture_output=True).stdout, 60)
     finally:
         subprocess.run(["scancel", f"--user={os.getuid()}"], capture_output=True)
+        with contextlib.suppress(RuntimeError):
+            until("the end of all jobs", lambda: not subprocess.run(["squeue", "-h"], capture_output=True).stdout, 60)
         for daemon in reversed(running):
             daemon.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):

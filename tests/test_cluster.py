@@ -179,6 +179,20 @@ def test_a_run_that_is_told_to_stop_by_another_is_queued_again(tmp_path: Path, s
     until(result(runs, jobs).exists)
 
 
+def test_a_job_passes_on_one_request_to_stop_however_many_it_gets(tmp_path: Path, start: Callable[..., Any]) -> None:
+    """Training that is told again, later, ends without a checkpoint."""
+    (tmp_path / "slow.py").write_text(STUB.replace("    sys.exit(75)", "    time.sleep(3)\n    sys.exit(75)"))
+    runs, jobs = start(str(tmp_path / "slow.py"), str(tmp_path), "1")
+    until((tmp_path / "started-0").exists)
+    os.kill(job_process(jobs), signal.SIGTERM)
+    until((tmp_path / "stopped-0").exists)
+    first = (tmp_path / "stopped-0").stat().st_mtime_ns
+    os.kill(job_process(jobs), signal.SIGUSR2)
+    until(result(runs, jobs).exists)
+    assert (tmp_path / "started-1").exists()
+    assert (tmp_path / "stopped-0").stat().st_mtime_ns == first
+
+
 def test_the_signal_of_a_preemption_does_not_end_training_when_all_processes_get_it(
     tmp_path: Path, start: Callable[..., Any]
 ) -> None:
