@@ -1,7 +1,8 @@
 """Grids of runs: those that have no record yet are trained side by side, each in a process of its own.
 
 A run of a profile with threads = 1 leaves the other cores free, so a grid takes as many runs at once as there are
-cores, and its numbers do not depend on how many those are.
+cores, and its numbers do not depend on how many those are. The notebooks of `make reproduce` and `mcar grid` come here;
+a grid that a Slurm cluster trains goes through cluster.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None 
         outcome = record or Failure(config, error or "the run ended without a record")
         outcomes[_key(config)] = outcome
         seconds = format_seconds(time.monotonic() - started)
-        say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {_told(outcome)}")
+        say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {outcome_told(outcome)}")
     return [outcomes[_key(config)] for config in configs]
 
 
@@ -71,7 +72,8 @@ def relative_cost(config: RunConfig) -> float:
     return config.image_size**2 * inputs * config.epochs
 
 
-def _told(outcome: Record | Failure) -> str:
+def outcome_told(outcome: Record | Failure) -> str:
+    """How a run came out, in a few words."""
     if isinstance(outcome, Failure):
         return f"failed: {outcome.error}"
     return f"mAP {100 * outcome.map():.1f}" if outcome.is_scored else "trained, not scored"
