@@ -3,17 +3,23 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import joblib
 import pytest
+import torch
+from filelock import FileLock, Timeout
 
-from mcar_lib.errors import TrainingError
+from mcar_lib.errors import RESUMABLE, TrainingError
 from mcar_lib.runs import Failure, Profile, Record, RunConfig, Runs, find_or_train, grid, load_profile
 from mcar_lib.runs.grid import relative_cost, runs_at_once
 
 OpenRuns = Callable[..., Runs]
+ROOT = Path(__file__).resolve().parent.parent
 TOO_MANY_REGIONS = 21  # of 20 classes: told when the run starts, not before
 
 
@@ -149,3 +155,69 @@ def test_a_killed_process_fails_its_grid_s_runs_and_nothing_else(
 
 def _die(*task: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+TWO_LONG_RUNS = """
+name = "two"
+title = "two"
+seeds = [0]
+bootstrap_resamples = 20
+threads = 1
+
+[run]
+dataset = "scenes"
+data_options = { num_train = 24, num_test = 8, side = 64, seed = 3 }
+backbone = "mobilenet_v2"
+weights = "none"
+image_size = 32
+num_regions = 2
+epochs = 12
+batch_size = 8
+learning_rate = 0.05
+jitter = 0.0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_grid_that_is_stopped_leaves_a_checkpoint_of_each_run(tmp_path: Path, number: signal.Signals) -> None:
+    """Also where its own process is killed: the workers see that it is gone."""
+    (tmp_path / "two.toml").write_text(TWO_LONG_RUNS)
+    folders = ["--results", str(tmp_path / "results"), "--artifacts", str(tmp_path / "artifacts")]
+    command = [sys.executable, "-m", "mcar_lib", "grid", "--profile", str(tmp_path / "two.toml"), *folders]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOKY_MAX_CPU_COUNT": "2"}
+    environment.pop("MCAR_CHECKPOINT_MINUTES", None)
+
+    def logs() -> list[Path]:
+        return list((tmp_path / "artifacts" / "runs").glob("*/log.jsonl"))
+
+    def handled() -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):  # a shell may have left them ignored
+            signal.signal(each, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=handled) as process:  # noqa: PLW1509
+        wait_until(lambda: len(logs()) == 2)
+        os.kill(process.pid, number)
+        code = process.wait(timeout=120)
+    assert code == (-signal.SIGKILL if number is signal.SIGKILL else RESUMABLE)
+    locks = [FileLock(log.with_name("lock")) for log in logs()]
+    wait_until(lambda: all(not _is_held(lock) for lock in locks))
+    for log in logs():
+        content = torch.load(log.with_name("checkpoint.pt"), weights_only=True)
+        assert content["position"] is not None
+        assert len(content["history"]) < 12
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _is_held(lock: FileLock) -> bool:
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
