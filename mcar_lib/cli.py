@@ -38,7 +38,7 @@ from mcar_lib.errors import (
     WeightsError,
     printable,
 )
-from mcar_lib.files import user_path
+from mcar_lib.files import project_root, user_path
 
 if TYPE_CHECKING:
     from mcar_lib.runs import Record, RunConfig, Runs
@@ -341,7 +341,6 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps and one test batch; nothing is kept.")] = False,
 ) -> None:
     """Train one run, or find it if it was trained before, and print its metrics."""
-    from mcar_lib.files import project_root
     from mcar_lib.runs.records import NO_TEST_LABELS
     from mcar_lib.runs.trainer import dry_run as run_dry
 
@@ -357,6 +356,27 @@ def train(
         _print_metrics(record.metrics["last"])
     else:
         typer.echo(f"{NO_TEST_LABELS}; next: mcar submit voc2012 {asked.as_options()}")
+
+
+@app.command()
+def status(
+    artifacts: Artifacts = None,
+    results: ResultsFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array, with all that is known of each run.")] = False,
+) -> None:
+    """List all runs and how they stand: running, waiting, failed, killed, stopped, finished; how far, and why."""
+    from mcar_lib.status import all_runs
+
+    places = ((artifacts or os.environ.get("MCAR_ARTIFACTS"), "artifacts"), (results, "results/local"))
+    folders = [user_path(given).resolve() if given else project_root() / usual for given, usual in places]
+    runs = all_runs(*folders)
+    if as_json:
+        typer.echo(json.dumps([run.model_dump() for run in runs], indent=1))
+    elif runs:
+        cells = [run.cells() for run in runs]
+        _print_table(cells[0], [list(row.values()) for row in cells])
+    else:
+        typer.echo(f"no run has left anything in {folders[0]} or {folders[1]}")
 
 
 @app.command()
@@ -511,7 +531,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> No
     plain = not sys.stdout.isatty()
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain)
     for name in columns:
-        table.add_column(_cell(name), justify="right")
+        table.add_column(_cell(name), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
     Console(width=160 if plain else None, markup=False, highlight=False).print(table)
