@@ -42,6 +42,7 @@ from mcar_lib.files import project_root, user_path
 
 if TYPE_CHECKING:
     from mcar_lib.runs import Record, RunConfig, Runs
+    from mcar_lib.runs.published import Beside
 
 EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
 EPILOG = (
@@ -341,6 +342,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps and one test batch; nothing is kept.")] = False,
 ) -> None:
     """Train one run, or find it if it was trained before, and print its metrics."""
+    from mcar_lib.runs.published import beside_record
     from mcar_lib.runs.records import NO_TEST_LABELS
     from mcar_lib.runs.trainer import dry_run as run_dry
 
@@ -354,6 +356,7 @@ def train(
     typer.echo(f"record: {record.path}")
     if record.is_scored:
         _print_metrics(record.metrics["last"])
+        _print_beside(beside_record(record))
     else:
         typer.echo(f"{NO_TEST_LABELS}; next: mcar submit voc2012 {asked.as_options()}")
 
@@ -386,21 +389,32 @@ def evaluate(
     best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(**PATH, help="Weights to score on the test split.")] = None,
     release: Release = False,
+    report: Annotated[
+        Path | None, typer.Option(**PATH, help="A .md file to write as well: settings, metrics, AP of each class.")
+    ] = None,
 ) -> None:
     """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing.
 
     A file that mcar export wrote is scored on a data set of its classes, with --set, else as its header says. With
     --release, data set, backbone, pooling, size, N and tau are taken from --set, else from the checkpoint's name
-    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile. Where from is printed."""
-    from mcar_lib.runs.trainer import score_weights
+    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile. Where from is printed, and
+    beside what was published, whether it agrees."""
+    from mcar_lib.runs import published
 
+    if report:
+        published.check_report(report)
     runs, config, about = asked.open_checkpoint(checkpoint, release)
     if checkpoint is not None:
-        _print_metrics(score_weights(runs.splits, config, checkpoint, release, about))
-        return
-    record = _record_of(runs, config)
-    typer.echo(f"record: {record.path}")
-    _print_metrics(record.metrics["best" if best else "last"])
+        evaluated = published.score_file(runs.splits, config, checkpoint, release, about, RELEASED)
+    else:
+        record = _record_of(runs, config)
+        typer.echo(f"record: {record.path}")
+        evaluated = published.evaluated(record, "best" if best else "last")
+    _print_metrics(evaluated.streams)
+    _print_beside(evaluated.beside)
+    if report:
+        evaluated.write(report)
+        typer.echo(f"report: {report}")
 
 
 @app.command()
@@ -525,6 +539,11 @@ def _print_metrics(streams: Mapping[str, Any]) -> None:
         for point, at in streams[name]["at"].items()
     ]
     _print_table(["stream", "labels at", "mAP %", *LABEL_METRICS], rows)
+
+
+def _print_beside(beside: "Beside | None") -> None:
+    if beside is not None:
+        typer.echo(beside.line)
 
 
 def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> None:
