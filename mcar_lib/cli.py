@@ -326,11 +326,12 @@ def plan(
 ) -> None:
     """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed."""
     from mcar_lib.runs import load_profile
-    from mcar_lib.runs.plan import parse_throughput, plan
+    from mcar_lib.runs.plan import TESTS_LINE, parse_throughput, plan
 
     speeds, runs = parse_throughput(throughput or []), plan(load_profile(profile), profile)
     cells = [run.cells(speeds) for run in runs]
     _print_table(cells[0], [list(row.values()) for row in cells])
+    typer.echo(TESTS_LINE)
     for run in runs:
         typer.echo(run.command)
 
