@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.errors import ConfigError
 from mcar_lib.model import MCAR
 from mcar_lib.training import network_input

@@ -190,13 +190,23 @@ class Asked:
     results: ResultsFolder = None
     data_root: DataRoot = None
     artifacts: Artifacts = None
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, envvar="MCAR_WORKERS", help="Processes that read photos; 0: none."),
+    ] = None
+    cache: Annotated[
+        str, typer.Option(envvar="MCAR_CACHE", help="Where resized photos are kept: auto, memory, disk, none.")
+    ] = "auto"
 
-    def open(self) -> tuple["Runs", "RunConfig"]:
+    def open(self, **execution: Any) -> tuple["Runs", "RunConfig"]:
         """The runs of the profile, and its run or row with changes: options of its data set are added to, another's
-        start anew."""
+        start anew. execution: what is said of it beside the options."""
         from mcar_lib.runs import Runs
+        from mcar_lib.training import Execution
 
-        runs = Runs(self.profile or "mini", self.results and self.results.resolve(), self.data_root, self.artifacts)
+        carried_out = Execution(self.workers, self.cache, **execution)  # type: ignore[arg-type]
+        folders = (self.results and self.results.resolve(), self.data_root, self.artifacts)
+        runs = Runs(self.profile or "mini", *folders, execution=carried_out)
         run = runs.profile.row(self.row) if self.row else runs.profile.run
         changes = parse_settings(self.settings or [])
         known = run.data_options if changes.get("dataset", run.dataset) == run.dataset else {}
@@ -341,16 +351,31 @@ def plan(
 def train(
     asked: Asked,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps and one test batch; nothing is kept.")] = False,
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(min=0, envvar="MCAR_CHECKPOINT_MINUTES", help="Between two checkpoints within an epoch."),
+    ] = 10,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(envvar="MCAR_TRACKERS", help="tensorboard, wandb, ...: where an epoch's scalars go; repeatable."),
+    ] = None,
 ) -> None:
-    """Train one run, or find it if it was trained before, and print its metrics."""
+    """Train one run, or find it if it was trained before, and print its metrics.
+
+    SIGINT, SIGTERM or SIGHUP end it after the step that it is in, with a checkpoint and exit code 75: the same command
+    goes on from there."""
     from mcar_lib.runs.published import beside_record
     from mcar_lib.runs.records import NO_TEST_LABELS
     from mcar_lib.runs.trainer import dry_run as run_dry
 
     own = asked.results or project_root() / "results" / "local"
-    runs, config = dataclasses.replace(asked, results=own).open()
+    how = {
+        "checkpoint_minutes": checkpoint_minutes,
+        "trackers": tuple(name for names in track or () for name in names.split(",")),
+    }
+    runs, config = dataclasses.replace(asked, results=own).open(**how)
     if dry_run:
-        for line in run_dry(runs.splits, config, runs.profile.threads).lines:
+        for line in run_dry(runs.splits, config, runs.profile.threads, runs.execution).lines:
             typer.echo(line)
         return
     record = runs.run(config)
@@ -406,7 +431,7 @@ def evaluate(
         published.check_report(report)
     runs, config, about = asked.open_checkpoint(checkpoint, release)
     if checkpoint is not None:
-        evaluated = published.score_file(runs.splits, config, checkpoint, release, about, RELEASED)
+        evaluated = published.score_file(runs.splits, config, checkpoint, release, about, RELEASED, runs.execution)
     else:
         record = _record_of(runs, config)
         typer.echo(f"record: {record.path}")
@@ -467,7 +492,8 @@ def submit(
     images = load_voc(runs.splits.root_of(dataset), "2012", "test", labelled=False)
     mcar = load_checkpoint(config, images, checkpoint or _trained_weights(runs, config, look=False), release, about)
     runs.splits.check(images)
-    scores = evaluate(mcar, runs.splits.squares(images, config.image_size), config.precision, config.seed)
+    squares = runs.splits.squares(images, config.image_size)
+    scores = evaluate(mcar, squares, config.precision, config.seed, execution=runs.execution)
     path = write_voc2012_submission(output, images.ids, images.classes, scores.fused)
     typer.echo(f"{path}: {images.title}, {len(images):,} images, {len(images.classes)} classes")
     if images.is_subset:

@@ -48,7 +48,7 @@ class Stopped(KeyboardInterrupt):
     """
 
     def __init__(self, number: int, resumable: bool = False) -> None:
-        super().__init__()
+        super().__init__(number, resumable)  # so that it can be pickled
         self.signal, self.resumable = signal.Signals(number), resumable
 
 

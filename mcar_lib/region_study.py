@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcar_lib.attribution import class_maps, maps_of, occlusion_maps
 from mcar_lib.data.image_set import ImageSet
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.files import content_id
 from mcar_lib.intervals import holm, two_level
 from mcar_lib.localisation import (

@@ -13,7 +13,7 @@ from mcar_lib import backbones
 from mcar_lib.backbones import Entry
 from mcar_lib.data import load_image_set, prepare, scenes_folder
 from mcar_lib.data.scenes import CLASSES
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.model import MCAR
 from mcar_lib.runs import Profile, RunConfig, Runs, make_config
 from mcar_lib.weights import Source

@@ -27,7 +27,7 @@ AXES = ["pooling", "image_size", "backbone", "num_regions", "selection", "thresh
         ({"flip": 1}, "flip: .* valid boolean"),
         ({"learning_rate": "fast"}, "learning_rate: .* valid number"),
         ({"learning_rate": 0}, "learning_rate: .* greater than 0"),
-        ({"precision": "fp16"}, "precision: .*'fp32' or 'bf16'"),
+        ({"precision": "fp8"}, "precision: .*'fp32', 'bf16' or 'fp16'"),
         ({"milestones": [50, 30]}, "milestones must ascend"),
         ({"image_size": "448"}, "image_size: .* valid integer"),
         ({"image_size": 100}, "image_size: .*image size 100: each side must be a positive multiple of 32"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcar_lib.attribution import ClassMaps, maps_of, occlusion, occlusion_maps
 from mcar_lib.data.image_set import Boxes, ImageSet
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.errors import ConfigError, DataError
 from mcar_lib.localisation import (
     F1,

@@ -6,7 +6,7 @@ import pytest
 from real_photos import real_voc2007
 
 from mcar_lib.data import load_image_set
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.model import build_mcar
 from mcar_lib.training import Recipe, fit
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from mcar_lib.data import ImageSet, load_coco, load_image_set, load_voc
 from mcar_lib.data.coco import COCO_CLASSES
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import WeightsError
 from mcar_lib.metrics import average_precision, multilabel_metrics

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from mcar_lib.cli import app
 from mcar_lib.data import load_voc, prepare
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import DataError, ResultsError
 from mcar_lib.notebooks.jobs import compare_runs

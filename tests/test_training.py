@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from mcar_lib.data.transforms import ResizedImages, normalise
+from mcar_lib.data.squares import ResizedImages
+from mcar_lib.data.transforms import normalise
 from mcar_lib.errors import CheckpointError, ConfigError, TrainingError
 from mcar_lib.files import write_atomically
 from mcar_lib.model import MCAR
@@ -31,8 +32,8 @@ from mcar_lib.runs.trainer import dry_run
 from mcar_lib.training import (
     CHECKPOINT,
     PREVIOUS,
-    EpochOrder,
     EpochResult,
+    Execution,
     Fit,
     Recipe,
     StepLoss,
@@ -60,10 +61,14 @@ def train(scene_squares: tuple[ResizedImages, ResizedImages], tiny_model: Callab
     """Trains a new tiny model in a folder; returns where it stands and the model."""
 
     def run(
-        folder: Path, recipe: Recipe = RECIPE, workers: int = 0, verbose: bool = False, **options: object
+        folder: Path,
+        recipe: Recipe = RECIPE,
+        execution: Execution = Execution(),  # noqa: B008  # frozen
+        verbose: bool = False,
+        **options: object,
     ) -> tuple[Fit, MCAR]:
         made = tiny_model(**options)
-        return fit(made, *scene_squares, recipe, folder, workers, verbose), made
+        return fit(made, *scene_squares, recipe, folder, execution, verbose), made
 
     return run
 
@@ -273,6 +278,7 @@ def test_training_is_stochastic_gradient_descent_on_both_losses(
     tmp_path: Path,
     scene_squares: tuple[ResizedImages, ResizedImages],
     tiny_model: Callable[..., MCAR],
+    order_of: Callable[[int, int], list[int]],
 ) -> None:
     recipe = Recipe(epochs=2, batch_size=8, learning_rate=0.05, milestones=(1,), flip=False, jitter=0.0)
     made, squares = tiny_model().train().to(memory_format=torch.channels_last), scene_squares[0]
@@ -347,11 +353,11 @@ def test_numbers_do_not_depend_on_the_global_random_state(
     assert differences(uninterrupted, train(tmp_path)) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_numbers_do_not_depend_on_the_number_of_workers(
     train: Train, tmp_path: Path, uninterrupted: tuple[Fit, MCAR], workers: int
 ) -> None:
-    assert differences(uninterrupted, train(tmp_path, workers=workers)) == []
+    assert differences(uninterrupted, train(tmp_path, execution=Execution(workers))) == []
 
 
 def test_random_regions_repeat(train: Train, tmp_path: Path) -> None:
@@ -444,7 +450,7 @@ import torch
 from conftest import IMAGE_SIZE, SCENES, TINY_CHANNELS, build_tiny
 from mcar_lib.data import load_image_set
 from mcar_lib.data.scenes import CLASSES
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import ResizedImages
 from mcar_lib.model import MCAR
 from mcar_lib.training import Recipe, fit
 
@@ -637,7 +643,7 @@ def break_weights_at(monkeypatch: pytest.MonkeyPatch, call: int, value: float) -
 
     def broken(model: MCAR, images: Tensor, targets: Tensor, *rest: object) -> StepLoss:
         if next(calls) == call:
-            model.convclass.bias.data.fill_(value)
+            targets.fill_(value)
         return step(model, images, targets, *rest)
 
     monkeypatch.setattr(loop, "training_step", broken)
@@ -782,39 +788,42 @@ def test_difficult_counts_as_positive_in_training(scene_squares: tuple[ResizedIm
     labels = torch.zeros_like(images.targets)
     labels[0, :3] = torch.tensor([1, 0, -1])
     relabelled = ResizedImages(dataclasses.replace(images, targets=labels), 32)
-    assert TrainingImages(relabelled, RECIPE)[0][1][:3].tolist() == [1.0, 0.0, 1.0]
+    assert TrainingImages(relabelled, RECIPE).batch((0, [0])).targets[0, :3].tolist() == [1.0, 0.0, 1.0]
 
 
 def test_an_image_is_augmented_alike_in_any_order(scene_squares: tuple[ResizedImages, ResizedImages]) -> None:
     dataset = TrainingImages(scene_squares[0], RECIPE)
-    forwards = [dataset[index][0] for index in range(5)]
-    backwards = [dataset[index][0] for index in reversed(range(5))][::-1]
-    assert all(torch.equal(one, other) for one, other in zip(forwards, backwards, strict=True))
+    forwards, backwards = dataset.batch((3, [0, 1, 2, 3, 4])), dataset.batch((3, [4, 3, 2, 1, 0]))
+    assert all(torch.equal(one, other.flip(0)) for one, other in zip(forwards, backwards, strict=True))
 
 
 def test_an_image_is_augmented_anew_in_each_epoch(scene_squares: tuple[ResizedImages, ResizedImages]) -> None:
     dataset = TrainingImages(scene_squares[0], RECIPE)
-    first = dataset[0][0]
-    dataset.epoch = 1
-    assert not torch.equal(first, dataset[0][0])
+    first, second = (dataset.batch((epoch, range(24))) for epoch in (0, 1))
+    assert not torch.equal(first.images, second.images)
+    assert not torch.equal(first.factors, second.factors)
 
 
-def test_an_epoch_takes_every_image_once() -> None:
-    assert sorted(EpochOrder(24, seed=0)) == list(range(24))
+@pytest.fixture
+def order_of(scene_squares: tuple[ResizedImages, ResizedImages]) -> Callable[[int, int], list[int]]:
+    def order(seed: int, epoch: int) -> list[int]:
+        return TrainingImages(scene_squares[0], Recipe(seed=seed)).order(epoch)
+
+    return order
 
 
-def order_of(seed: int, epoch: int) -> list[int]:
-    order = EpochOrder(24, seed)
-    order.epoch = epoch
-    return list(order)
+def test_an_epoch_takes_every_image_once(order_of: Callable[[int, int], list[int]]) -> None:
+    assert sorted(order_of(0, 0)) == list(range(24))
 
 
-def test_the_order_of_an_epoch_repeats() -> None:
+def test_the_order_of_an_epoch_repeats(order_of: Callable[[int, int], list[int]]) -> None:
     assert order_of(3, 2) == order_of(3, 2)
 
 
 @pytest.mark.parametrize("other", [(3, 1), (4, 2)], ids=["epoch", "seed"])
-def test_the_order_changes_with_epoch_and_seed(other: tuple[int, int]) -> None:
+def test_the_order_changes_with_epoch_and_seed(
+    other: tuple[int, int], order_of: Callable[[int, int], list[int]]
+) -> None:
     assert order_of(3, 2) != order_of(*other)
 
 

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
 from mcar_lib.data.image_set import ImageSet
-from mcar_lib.data.transforms import ResizedImages, augment, normalise, resize_square, sample_generator
+from mcar_lib.data.squares import ResizedImages
+from mcar_lib.data.transforms import augment, normalise, resize_square, sample_generator
 
 # Computed apart from the library: sha256sum of "0/0/0" and "7/59/5010", its first 8 bytes halved.
 GOLDEN_SEEDS = [3051931488724851722, 2739853573439836556]
@@ -45,7 +46,7 @@ def test_resize_square_is_pils_bilinear_resize(height: int, width: int, size: in
     pil = from_pil(to_pil(image).resize((size, size), Image.Resampling.BILINEAR))
     assert ours.shape == (3, size, size)
     assert ours.dtype == torch.uint8
-    assert largest_difference(ours, pil) <= 1
+    assert largest_difference(ours, pil) <= 2  # each rounds twice, after rows and after columns
 
 
 @pytest.mark.parametrize("seed", range(12))

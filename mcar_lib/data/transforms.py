@@ -1,17 +1,17 @@
 """From a stored photo to the network input, as in the release: square resize, flip, jitter."""
 
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
-from mcar_lib.data.image_set import ImageSet, read_in_threads
 from mcar_lib.model import MCAR
 
 
@@ -28,26 +28,53 @@ def augment(
 ) -> Tensor:
     """Random horizontal flip (p = 0.5), colour jitter and random resized crop of one training image.
 
-    image: uint8 (3, S, S) -> uint8 (3, S, S). Brightness, contrast and saturation are each scaled by a factor
-    that is uniform in [max(0, 1 - jitter), 1 + jitter], in random order, as torchvision's ColorJitter does. With
-    crop_area below 1 a window of crop_area to all of the area, uniform, and of an aspect of 3/4 to 4/3, uniform in its
-    logarithm, is resized to the square, as torchvision's RandomResizedCrop does; a side that would be too long is cut.
-    Every random number comes from `generator`; flip and jitter do not depend on one another or on the crop.
+    image: uint8 (3, S, S) -> uint8 (3, S, S); see crop_and_flip and jitter_colours, by which training does it.
+    """
+    image, colours = crop_and_flip(image, generator, flip, jitter, crop_area)
+    return image if jitter == 0 else jitter_colours(image[None], *(each[None] for each in colours))[0]
+
+
+class Colours(NamedTuple):
+    """What the jitter of one image is to be: its three kinds in order, int64 (3,), and the factor of each, (3,)."""
+
+    kinds: Tensor
+    factors: Tensor
+
+
+def crop_and_flip(
+    image: Tensor, generator: torch.Generator, flip: bool = True, jitter: float = 0.3, crop_area: float = 1.0
+) -> tuple[Tensor, Colours]:
+    """One training image, uint8 (3, S, S), cropped and flipped at random, and the colour jitter that was drawn for it.
+
+    With crop_area below 1 a window of crop_area to all of the area, uniform, and of an aspect of 3/4 to 4/3, uniform in
+    its logarithm, is resized to the square, as torchvision's RandomResizedCrop does; a side that would be too long is
+    cut. Factors are uniform in [max(0, 1 - jitter), 1 + jitter]. Every random number comes from `generator`; flip and
+    jitter do not depend on one another or on the crop.
     """
     coin = torch.rand((), generator=generator).item()
-    order = torch.randperm(3, generator=generator).tolist()
-    uniform = torch.rand(3, generator=generator).tolist()
+    kinds = torch.randperm(3, generator=generator)
+    uniform = torch.rand(3, generator=generator)
     if crop_area < 1:
         image = functional.resized_crop(image, *_window(image.shape[-1], crop_area, generator), list(image.shape[-2:]))
     if flip and coin < 0.5:
         image = functional.horizontal_flip(image)
-    if jitter == 0:
-        return image
-    adjusts = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
     low, high = max(0.0, 1.0 - jitter), 1.0 + jitter
-    for which in order:
-        image = adjusts[which](image, low + (high - low) * uniform[which])
-    return image
+    return image, Colours(kinds, low + (high - low) * uniform[kinds])
+
+
+def jitter_colours(images: Tensor, kinds: Tensor, factors: Tensor) -> Tensor:
+    """Brightness (0), contrast (1) and saturation (2) of each image, in its own order, on whatever device it is.
+
+    images: uint8 (B, 3, S, S); kinds: int64 (B, 3); factors: (B, 3), of the kinds. Each step blends the image with what
+    it would be at factor 0 (black, its mean gray, its grays) and rounds down to whole levels, as torchvision's
+    ColorJitter does on uint8; a level may differ from torchvision's by rounding.
+    """
+    for kind, factor in zip(kinds.view(-1, 3, 1, 1, 1).unbind(1), factors.view(-1, 3, 1, 1, 1).unbind(1), strict=True):
+        red, green, blue = images.float().split(1, dim=1)
+        grays = (red * 0.2989 + green * 0.587 + blue * 0.114).floor_()  # (B, 1, S, S)
+        others = torch.where(kind == 1, grays.mean(dim=(1, 2, 3), keepdim=True), grays) * (kind > 0)
+        images = (images * factor + others * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+    return images
 
 
 def _window(size: int, crop_area: float, generator: torch.Generator) -> tuple[int, int, int, int]:
@@ -69,45 +96,17 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
 
 def normalise(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """(image / 255 - mean) / std, by channel; uint8 (B, 3, S, S) -> float32 (B, 3, S, S), device kept."""
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    shift, scale = (_by_channel(tuple(values), images.device) for values in (mean, std))
     return (images.to(torch.float32) / 255.0 - shift) / scale
+
+
+@functools.lru_cache(maxsize=32)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: a copy from pageable memory makes a GPU wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def network_input(model: MCAR, images: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) on any device -> float32 in channels_last on the model's device, normalised as it wants."""
-    images = images.to(model.convclass.weight.device)
+    images = images.to(model.convclass.weight.device, non_blocking=True)
     return normalise(images, model.mean, model.std).contiguous(memory_format=torch.channels_last)
-
-
-class ResizedImages(Dataset[Tensor]):
-    """The photos of an image set as squares: item i is uint8 (3, size, size).
-
-    Each photo is decoded and resized once and the squares are kept in memory when all of them fit into
-    `memory_limit_bytes`; otherwise each access reads its file. Both ways give the same pixels.
-    `progress` is called with (photos done, photos in all) while the memory is filled.
-    """
-
-    def __init__(
-        self,
-        image_set: ImageSet,
-        size: int,
-        memory_limit_bytes: int = 1 << 30,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self.image_set = image_set
-        self.size = size
-        self.kept: Tensor | None = None
-        if len(image_set) * 3 * size * size <= memory_limit_bytes:
-            self.kept = torch.empty((len(image_set), 3, size, size), dtype=torch.uint8)
-            for index, square in enumerate(read_in_threads(self._read, len(image_set), progress)):
-                self.kept[index] = square
-
-    def __len__(self) -> int:
-        return len(self.image_set)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._read(index) if self.kept is None else self.kept[index]
-
-    def _read(self, index: int) -> Tensor:
-        return resize_square(self.image_set.image(index), self.size)

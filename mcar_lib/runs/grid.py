@@ -5,6 +5,7 @@ cores, and its numbers do not depend on how many those are.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -23,6 +24,7 @@ from mcar_lib.runs.config import Profile, RunConfig
 from mcar_lib.runs.records import Failure, Record
 from mcar_lib.runs.runs import Runs
 from mcar_lib.status import StatusFile
+from mcar_lib.training import Execution
 
 MAX_AT_ONCE = 8  # each holds one to two GiB
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -95,7 +97,9 @@ def _train_all(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> Iterat
             ready.append(config)
         except MCARError as problem:
             yield config, f"{type(problem).__name__}: {problem}"
-    place = (runs.profile, runs.results, runs.splits.data_root, runs.artifacts, os.getpid())
+    # The cores train: a run that is one of many reads its photos itself, unless it is told otherwise.
+    execution = dataclasses.replace(runs.execution, workers=runs.execution.workers or 0)
+    place = (runs.profile, runs.results, runs.splits.data_root, runs.artifacts, execution, os.getpid())
     tasks = (joblib.delayed(_train_in_worker)(*place, index, config) for index, config in enumerate(ready))
     left = dict(enumerate(ready))
     try:
@@ -123,20 +127,21 @@ def _train_in_worker(
     results: Path,
     data_root: Path | None,
     artifacts: Path,
+    execution: Execution,
     parent: int,
     index: int,
     config: RunConfig,
 ) -> tuple[int, str | None]:
     _end_with(parent)
-    runs = _opened(profile.model_dump_json(), results, data_root, artifacts)
+    runs = _opened(profile.model_dump_json(), results, data_root, artifacts, execution)
     with contextlib.redirect_stdout(_Prefixed(sys.stdout, f"{config.label}: ")):
         return index, _attempt(runs, config)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(profile: str, results: Path, data_root: Path | None, artifacts: Path) -> Runs:
+def _opened(profile: str, results: Path, data_root: Path | None, artifacts: Path, execution: Execution) -> Runs:
     """One a process, so that images are read once for all runs that it trains."""
-    return Runs(Profile.model_validate_json(profile), results, data_root, artifacts)
+    return Runs(Profile.model_validate_json(profile), results, data_root, artifacts, execution=execution)
 
 
 @functools.cache

@@ -21,8 +21,8 @@ from mcar_lib.runs.config import Profile, RunConfig
 
 BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
 TESTS_LINE = (
-    "tests: what they add to the training, in hours or percent of it; --set evaluate_every=60 tests a run of 60 epochs at "
-    "the end only, and then the best epoch is not known"
+    "tests: what they add to the training, in hours or percent of it; --set evaluate_every=60 tests a run of 60 epochs "
+    "at the end only, and then the best epoch is not known"
 )
 NUM_CLASSES = {"coco2014": 80}  # the others have VOC's 20
 Key = tuple[str, str, int]

@@ -18,7 +18,7 @@ from mcar_lib.runs.plan import key_of, published_map
 from mcar_lib.runs.records import Record
 from mcar_lib.runs.splits import Splits
 from mcar_lib.runs.trainer import score_weights
-from mcar_lib.training import processes
+from mcar_lib.training import Execution, processes
 
 RELEASE_BOUND = 0.1  # points: what is published is rounded to 0.1, and resizing and sums round otherwise here
 TRAINED_BOUND = 0.5  # points, a convention of this project: no source was found for how far seeds lie apart
@@ -176,9 +176,10 @@ def score_file(
     release: bool,
     about: Mapping[str, Any] | None,
     settings: Sequence[str],
+    execution: Execution,
 ) -> Evaluated:
     """What weights from a file come to (see score_weights). settings: those that their scores depend on."""
-    streams = score_weights(splits, config, path, release, about)
+    streams = score_weights(splits, config, path, release, about, execution)
     root = splits.root_of(config.dataset)
     test = load_image_set(config.dataset, "test", root, config.scored_on, **config.data_options)
     values = config.model_dump(mode="json")

@@ -25,7 +25,7 @@ from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_recor
 from mcar_lib.runs.splits import Data, Splits
 from mcar_lib.runs.trainer import arithmetic_fingerprint, cpu_threads, described, load_model, train
 from mcar_lib.status import StatusFile
-from mcar_lib.training import StreamScores, evaluate, processes
+from mcar_lib.training import Execution, StreamScores, evaluate, processes
 
 NO_FILES = ("imagenet", "bundled", "none")  # starting weights that no path names
 
@@ -36,7 +36,8 @@ class Runs:
     results: by default, and as "results", the checkout's folder with the committed records (read only); "results/local"
     is the checkout's too, where own runs go; any other path is taken from the working folder. A run that the committed
     records lack is trained into results/local; the two origins never share a folder. artifacts: weights, scores and
-    scenes. Raises ConfigError for an argument that cannot be what it should.
+    scenes. execution: how runs are carried out; by default as the environment says. Raises ConfigError for an argument
+    that cannot be what it should.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Runs:
         data_root: Path | str | None = None,
         artifacts: Path | str | None = None,
         verbose: bool = True,
+        execution: Execution | None = None,
     ) -> None:
         root = project_root()
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
@@ -55,7 +57,8 @@ class Runs:
         self.artifacts = user_path(artifacts or os.environ.get("MCAR_ARTIFACTS") or root / "artifacts").resolve()
         data_root = data_root or os.environ.get("MCAR_DATA")
         place = user_path(data_root).resolve() if data_root else None
-        self.splits = Splits(self.artifacts, place, verbose)
+        self.execution = execution or Execution.of_environment()
+        self.splits = Splits(self.artifacts, place, verbose, self.execution.cache)
         self.verbose = verbose
         self._told: set[str] = set()
 
@@ -149,7 +152,7 @@ class Runs:
             if self.verbose:
                 say(f"training {config.label} ({run_id})")
             started, memory, threads = time.monotonic(), PeakMemory(), self.profile.threads
-            mcar, state = train(self.splits, config, outcome, threads)  # here: tell=status.tell
+            mcar, state = train(self.splits, config, outcome, threads, self.execution, status.tell)
             names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "profile": self.profile.name}
             seconds = time.monotonic() - started
             measured = described(config, self.data(config), mcar, state, seconds, memory, threads)
@@ -210,7 +213,7 @@ class Runs:
     def _train_again(self, config: RunConfig, outcome: Outcome) -> None:
         status = self._status(outcome.folder.name)
         with status.following(config.label, outcome.folder.name, self.profile.name):
-            train(self.splits, config, outcome, self.profile.threads)  # here: tell=status.tell
+            train(self.splits, config, outcome, self.profile.threads, self.execution, status.tell)
             processes.broadcast_from_main(outcome.remove_checkpoints)
             record = self.run(config)
             status.finished(record.path, record.map() if record.is_scored else None)
@@ -250,7 +253,7 @@ class Runs:
         """Scores that a model has on a run's test images, computed as the run's own were."""
         squares = self.splits.squares(self.data(config).test, config.image_size)
         with cpu_threads(self.profile.threads):
-            return evaluate(mcar, squares, config.precision, config.seed, self.verbose)
+            return evaluate(mcar, squares, config.precision, config.seed, self.verbose, self.execution)
 
     # Records that follow from runs ----------------------------------------------------------------------------------
 

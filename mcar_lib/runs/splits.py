@@ -3,17 +3,22 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from mcar_lib.data import ImageSet, load_image_set, scenes_folder
 from mcar_lib.data.preparation import Checked, check_images, counted, doubts_together, without_positives
 from mcar_lib.data.published import load_scored_split
-from mcar_lib.data.transforms import ResizedImages
+from mcar_lib.data.squares import MEMORY_LIMIT, ResizedImages, fits_on_disk, num_bytes
+from mcar_lib.data.transforms import resize_square
 from mcar_lib.errors import DataError
+from mcar_lib.files import content_id
 from mcar_lib.progress import Progress, say, speaks
 from mcar_lib.runs.config import RunConfig
+from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.records import NO_TEST_LABELS
 from mcar_lib.training import processes
+from mcar_lib.training.execution import Cache
 
 PARTS = {  # of a published data set: where any of these is, the rest should be
     **{f"voc{year}": (f"VOCdevkit/VOC{year}", f"VOC{year}", "ImageSets/Main") for year in (2007, 2012)},
@@ -50,8 +55,8 @@ class Data:
 class Splits:
     """Data sets below one data root; scenes, and the notes of what was checked, lie below artifacts."""
 
-    def __init__(self, artifacts: Path, data_root: Path | None, verbose: bool = True) -> None:
-        self.artifacts, self.data_root, self.verbose = artifacts, data_root, verbose
+    def __init__(self, artifacts: Path, data_root: Path | None, verbose: bool = True, cache: Cache = "auto") -> None:
+        self.artifacts, self.data_root, self.verbose, self.cache = artifacts, data_root, verbose, cache
         self.notes = artifacts / "data" / "checked"
         self._drawn: set[str] = set()
         self._data: dict[str, Data] = {}
@@ -105,12 +110,25 @@ class Splits:
             return check_images(images, None if again else self.notes, progress.update)
 
     def squares(self, images: ImageSet, size: int) -> ResizedImages:
-        """The images of a split as squares, read once a session."""
+        """The images of a split as squares, read once a session, or once and for all where they are kept on disk: by
+        default if they are too many for memory and few for the disk."""
         key = (images, size)
         if key not in self._squares:
+            needed, folder = num_bytes(images, size), self.artifacts / "squares"
+            large = needed > MEMORY_LIMIT and fits_on_disk(folder, needed)
+            on_disk = self.cache == "disk" or (self.cache == "auto" and large)
+            limit = {"memory": needed, "none": 0}.get(self.cache, MEMORY_LIMIT)
             with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:
-                self._squares[key] = ResizedImages(images, size, progress=progress.update)
+                file = folder / f"{self._id_of_squares(images, size)}.u8" if on_disk else None
+                self._squares[key] = ResizedImages(images, size, limit, progress.update, file)
         return self._squares[key]
+
+    def _id_of_squares(self, images: ImageSet, size: int) -> str:
+        """What the pixels of squares depend on, in a name: photos, size, and what decodes and resizes them."""
+        versions = {name: metadata.version(name) for name in ("pillow", "torchvision")}
+        made_by = fingerprint(ImageSet.image, resize_square)
+        photos = self.check(images).fingerprint
+        return f"{size}px-{content_id({'photos': photos, 'size': size, 'made_by': made_by, **versions})}"
 
 
 def _tell_doubts(found: Sequence[tuple[ImageSet, Checked]], scored: ImageSet | None) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from mcar_lib.data import ImageSet, load_image_set
-from mcar_lib.data.transforms import ResizedImages, sample_generator
+from mcar_lib.data.squares import ResizedImages
+from mcar_lib.data.transforms import sample_generator
 from mcar_lib.errors import CheckpointError, ConfigError
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.config import RunConfig
@@ -20,7 +21,18 @@ from mcar_lib.runs.fingerprints import fingerprint
 from mcar_lib.runs.measures import count_macs, run_cost, run_metrics, stream_metrics
 from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.splits import Data, Splits
-from mcar_lib.training import EVALUATION_BATCH, INITIALISATION, EpochResult, Fit, check_groups, evaluate, fit, processes
+from mcar_lib.training import (
+    EVALUATION_BATCH,
+    INITIALISATION,
+    EpochResult,
+    Execution,
+    Fit,
+    Standing,
+    check_groups,
+    evaluate,
+    fit,
+    processes,
+)
 from mcar_lib.weights import load_named, load_release_checkpoint, read_state_dict
 
 
@@ -78,7 +90,12 @@ def load_checkpoint(
 
 
 def score_weights(
-    splits: Splits, config: RunConfig, path: Path, release: bool = False, about: Mapping[str, Any] | None = None
+    splits: Splits,
+    config: RunConfig,
+    path: Path,
+    release: bool = False,
+    about: Mapping[str, Any] | None = None,
+    execution: Execution = Execution(),  # noqa: B008  # frozen
 ) -> dict[str, Any]:
     """The metrics of weights from a file on a configuration's test split, which alone is read; as records have them.
     about: as for load_checkpoint."""
@@ -86,12 +103,21 @@ def score_weights(
         config.dataset, "test", splits.root_of(config.dataset), config.scored_on, **config.data_options
     )
     mcar = load_checkpoint(config, test, path, release, about)
-    scores = evaluate(mcar, splits.squares(test, config.image_size), config.precision, config.seed, splits.verbose)
+    squares = splits.squares(test, config.image_size)
+    scores = evaluate(mcar, squares, config.precision, config.seed, splits.verbose, execution)
     return stream_metrics(scores, test)
 
 
-def train(splits: Splits, config: RunConfig, outcome: Outcome, threads: int = 0) -> tuple[MCAR, Fit]:
-    """Trains a run, going on after the last whole epoch that its folder holds; leaves weights and scores there."""
+def train(
+    splits: Splits,
+    config: RunConfig,
+    outcome: Outcome,
+    threads: int = 0,
+    execution: Execution = Execution(),  # noqa: B008  # frozen
+    tell: Callable[[Standing], None] | None = None,
+) -> tuple[MCAR, Fit]:
+    """Trains a run, going on from the last checkpoint that its folder holds; leaves weights and scores there. tell: as
+    for fit."""
     data = splits.of(config)
     if config.num_regions > len(data.train.classes):
         raise ConfigError(
@@ -101,7 +127,8 @@ def train(splits: Splits, config: RunConfig, outcome: Outcome, threads: int = 0)
     squares = splits.squares(data.train, config.image_size)
     test = None if data.scored is None else splits.squares(data.scored, config.image_size)
     with cpu_threads(threads):
-        state = fit(mcar, squares, test, config, outcome.folder, verbose=splits.verbose, run=outcome.folder.name)
+        run = outcome.folder.name
+        state = fit(mcar, squares, test, config, outcome.folder, execution, splits.verbose, run, tell)
     processes.broadcast_from_main(lambda: outcome.save(mcar, state))
     return mcar, state
 
@@ -164,7 +191,12 @@ class DryRun:
         ]
 
 
-def dry_run(splits: Splits, config: RunConfig, threads: int = 0) -> DryRun:
+def dry_run(
+    splits: Splits,
+    config: RunConfig,
+    threads: int = 0,
+    execution: Execution = Execution(),  # noqa: B008  # frozen
+) -> DryRun:
     """Two training steps and one test batch of a run, on its own data and device; nothing is kept.
 
     Where the test labels are not public, training photos are scored instead.
@@ -178,5 +210,5 @@ def dry_run(splits: Splits, config: RunConfig, threads: int = 0) -> DryRun:
     squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
     memory = PeakMemory()
     with tempfile.TemporaryDirectory() as folder, cpu_threads(threads):
-        state = fit(mcar, *squares, config.vary(epochs=1), Path(folder), verbose=False)
+        state = fit(mcar, *squares, config.vary(epochs=1), Path(folder), execution, verbose=False)
     return DryRun(config, len(train), len(test), state.history[0], memory.bytes)

@@ -18,11 +18,11 @@ from mcar_lib.training.recipe import (
     EVALUATION,
     INITIALISATION,
     ORDER,
-    EpochOrder,
     Positive,
     Recipe,
     StepLoss,
     StreamScores,
+    TrainingBatch,
     TrainingImages,
     batch_scores,
     build_optimizer,
@@ -36,8 +36,8 @@ from mcar_lib.training.recipe import (
 # fmt: off
 __all__ = [
     "CHECKPOINT", "EPOCH", "EVALUATION", "EVALUATION_BATCH", "INITIALISATION", "ORDER", "PREVIOUS", "SETTINGS",
-    "EpochOrder", "EpochResult", "Execution", "Fit", "Positive", "Recipe", "Standing", "StepLoss", "StreamScores",
-    "TrainingImages",
+    "EpochResult", "Execution", "Fit", "Positive", "Recipe", "Standing", "StepLoss", "StreamScores",
+    "TrainingBatch", "TrainingImages",
     "batch_scores", "build_optimizer", "build_schedule", "check_groups", "evaluate", "fit", "forward_in_groups",
     "keep_freed_memory", "network_input", "parameter_groups", "processes", "seed_everything", "stream_map",
     "training_step",

@@ -1,4 +1,4 @@
-"""Fit and evaluate. A run that is killed goes on from its last whole epoch and ends with the same numbers.
+"""Fit and evaluate. A run that is killed goes on from its last checkpoint and ends with the same numbers.
 
 Several processes (see processes) share each batch in equal consecutive shards, and the batches of a test. A shard has
 its own batch statistics, as the images on each of the release's GPUs had: so P processes train like one with
@@ -8,42 +8,59 @@ statistics_batch = batch_size / P, but for the running statistics, which are tho
 import contextlib
 import copy
 import ctypes
+import functools
+import json
 import os
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mcar_lib.data.transforms import ResizedImages, network_input
-from mcar_lib.errors import ConfigError
+from mcar_lib.data.squares import ResizedImages
+from mcar_lib.data.transforms import jitter_colours, network_input
+from mcar_lib.errors import ConfigError, Stopped
+from mcar_lib.files import OTHER_ARTIFACTS, write_bytes
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, format_seconds, say
 from mcar_lib.training import processes
-from mcar_lib.training.checkpoint import EpochResult, Fit, resume, save
+from mcar_lib.training.checkpoint import EpochResult, Fit, Position, Stateful, resume, save
+from mcar_lib.training.execution import Execution, Standing
+from mcar_lib.training.reader import Reader, num_workers
 from mcar_lib.training.recipe import (
     EPOCH,
     EVALUATION,
-    EpochOrder,
     Recipe,
     StepLoss,
     StreamScores,
+    TrainingBatch,
     TrainingImages,
     batch_scores,
     build_optimizer,
     build_schedule,
+    check_loss,
     seed_everything,
     training_step,
 )
+from mcar_lib.training.stopping import StopRequest, stop_request
 
 EVALUATION_BATCH = 32
+LOG = "log.jsonl"  # beside the checkpoints: an epoch a line
+STEPS_BETWEEN_CHECKS = 20  # of the loss on a GPU, which each of them makes wait
+LATEST_LOOK, MOST_STEPS = 2.0, 25  # seconds and steps until several processes look whether one is asked to stop
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Maps = tuple[float | None, float | None, float | None]
+NOT_TESTED: Maps = (None, None, None)
 # Settings that are read where we cannot set them, and what they may say. Anything else rounds float32 more coarsely;
 # the last takes TF32 away from the convolutions of a GPU. Those that act like another processor (its instructions, its
 # algorithms) are not here: a record names them, as it names the processor.
@@ -61,15 +78,18 @@ def fit(
     test: ResizedImages | None,
     recipe: Recipe,
     folder: Path,
-    workers: int = 0,
+    execution: Execution = Execution(),  # noqa: B008  # frozen
     verbose: bool = True,
     run: str = "",
+    tell: Callable[[Standing], None] | None = None,
 ) -> Fit:
-    """Trains a model, tests it after each epoch, and leaves a checkpoint of each epoch in a folder.
+    """Trains a model, tests it as the recipe says, and leaves checkpoints in a folder, and a log of one line an epoch.
 
-    Called again with the same arguments it goes on after the last whole epoch; the end is the same bit for bit on one
-    machine with as many processes. The model holds the last epoch's weights afterwards. test: None where nothing can be
-    scored. workers: processes that read images (0: this one). run: names all else that the numbers depend on.
+    Called again with the same arguments it goes on from the last checkpoint; the end is the same bit for bit on one
+    machine with as many processes, whatever the execution. The model holds the last epoch's weights afterwards, or
+    their average. test: None where nothing can be scored. run: names all else that the numbers depend on. tell: is
+    given where the run is, after every step.
+    SIGINT, SIGTERM or SIGHUP end it after the step that it is in: a checkpoint is written and Stopped is raised.
     Raises TrainingError on a loss that is no number, CheckpointError on a checkpoint that cannot be gone on from here
     (see resume), ResultsError where none can be written, ConfigError on a batch that the processes cannot share or that
     leaves an image alone (see check_groups); a damaged checkpoint is passed over for the one before it, and said so.
@@ -77,19 +97,15 @@ def fit(
     processes.check_batch(recipe.batch_size, recipe.statistics_batch)
     check_groups(model, len(train), train.size, recipe)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    job = _Job(model, train, recipe, workers)
-    state = resume(folder, recipe, model, job.optimizer, job.schedule, run)
-    for epoch in range(len(state.history), recipe.epochs):
-        started = time.monotonic()
-        losses = job.train_epoch(epoch, verbose)
-        trained = time.monotonic()
-        scores, maps = _test(model, test, recipe, verbose)
-        result = EpochResult(epoch + 1, *losses, *maps, trained - started, time.monotonic() - trained)
-        state.note(result, scores)
-        processes.broadcast_from_main(lambda: save(folder, recipe, state, model, job.optimizer, job.schedule, run))
-        if verbose:
-            say(_epoch_line(result, recipe.epochs, len(train)))
-    return state
+    with (
+        stop_request() as request,
+        contextlib.closing(_Job(model, train, test, recipe, folder, execution, verbose, run, request, tell)) as job,
+    ):
+        while len(job.state.history) < recipe.epochs:
+            job.one_epoch()
+        if job.average is not None:
+            model.load_state_dict(job.tested_model.state_dict())
+        return job.state
 
 
 def check_groups(model: MCAR, images: int, size: int, recipe: Recipe) -> None:
@@ -130,77 +146,257 @@ def _smallest_group(images: int, recipe: Recipe) -> int:
 class _Job:
     """What a run trains with. The processes share the steps of `wrapped`, whose weights are those of `model`."""
 
-    def __init__(self, model: MCAR, train: ResizedImages, recipe: Recipe, workers: int) -> None:
-        self.model, self.recipe = model, recipe
-        self.accelerator = _accelerator(model, recipe.precision)
-        self.images, self.order = TrainingImages(train, recipe), EpochOrder(len(train), recipe.seed)
-        batches = DataLoader(self.images, recipe.batch_size, sampler=self.order, num_workers=workers)
-        optimizer = build_optimizer(model, recipe)
-        self.schedule = build_schedule(optimizer, recipe, len(batches))
+    def __init__(
+        self,
+        model: MCAR,
+        train: ResizedImages,
+        test: ResizedImages | None,
+        recipe: Recipe,
+        folder: Path,
+        execution: Execution,
+        verbose: bool,
+        run: str,
+        request: StopRequest,
+        tell: Callable[[Standing], None] | None,
+    ) -> None:
+        self.model, self.test, self.recipe, self.folder = model, test, recipe, folder
+        self.execution, self.verbose, self.run, self.request, self.tell = execution, verbose, run, request, tell
+        self.accelerator = _accelerator(model, execution.trackers, folder)
+        self.device = self.accelerator.device
+        self.images = TrainingImages(train, recipe)
+        self.steps = -(-len(train) // recipe.batch_size)
+        self.optimizer = build_optimizer(model, recipe)
+        self.schedule = build_schedule(self.optimizer, recipe, self.steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        self.average = _average(model, recipe.average_decay)
+        parts: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.schedule}
+        parts |= {"scaler": self.scaler} if self.scaler.is_enabled() else {}
+        parts |= {"average": self.average} if self.average is not None else {}
+        self.parts: Mapping[str, Stateful] = parts
         with warnings.catch_warnings():
             # accelerate knows no other name for that option of torch
             warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
-            self.wrapped, self.optimizer, self.batches = self.accelerator.prepare(model, optimizer, batches)
+            self.wrapped = self.accelerator.prepare_model(model)
+        self.forward = _autocast(self.device, recipe.precision)(self.wrapped.__call__)
+        shard = recipe.batch_size // processes.num_processes()
+        workers = num_workers(execution.workers, self.device)
+        self.reader = Reader(self.images.batch, workers, shard * 3 * train.size**2, self.device)
+        self.state = resume(folder, recipe, model, self.parts, run)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.saved_at, self.steps_to_look = time.monotonic(), 1
 
-    def train_epoch(self, epoch: int, verbose: bool) -> tuple[float, float]:
-        """One pass over the images; returns the global and the local loss, each the mean over all of them."""
-        self.images.epoch = self.order.epoch = epoch
+    def close(self) -> None:
+        self.reader.close()
+        if self.execution.trackers:
+            self.accelerator.end_training()
+
+    @property
+    def tested_model(self) -> MCAR:
+        """The model whose scores count: the averaged one where there is an average."""
+        averaged: Any = self.model if self.average is None else self.average.module
+        model: MCAR = averaged
+        return model
+
+    def one_epoch(self) -> None:
+        """Trains an epoch, or what is left of one, tests, and writes down how it stands."""
+        epoch, recipe = len(self.state.history) + 1, self.recipe
+        position = self.train_epoch(epoch - 1)
+        losses = (torch.stack(processes.gather([self.sums.cpu()])).sum(dim=0) / len(self.images)).tolist()
+        started, scores, maps = time.monotonic(), None, NOT_TESTED
+        if self.test is not None and self.is_tested(epoch):
+            self.look(position, at_once=True)
+            look = functools.partial(self.look, position) if processes.num_processes() == 1 else None
+            options = (recipe.precision, recipe.seed, self.verbose, self.execution, look)
+            scores = evaluate(self.tested_model, self.test, *options)
+            maps = stream_map(scores, self.test)
+        seconds = (position.train_seconds, time.monotonic() - started, position.wait_seconds)
+        result = EpochResult(epoch, losses[0], losses[1], *maps, *seconds)
+        self.state.note(result, scores)
+        self.save()
+        self.tell_epoch()
+
+    def is_tested(self, epoch: int) -> bool:
+        return self.test is not None and (epoch % self.recipe.evaluate_every == 0 or epoch == self.recipe.epochs)
+
+    def train_epoch(self, epoch: int) -> Position:
+        """One pass over the images, from where the last checkpoint left it; losses are summed up in `sums`."""
+        position = self.state.position or Position()
+        self.state.position = position
         seed_everything(self.model, self.recipe.seed, epoch, EPOCH)
+        self.sums.zero_()
+        if position.sums:
+            self.sums += position.sums[processes.rank()].to(self.device)
+            _set_random_states(self.model, self.device, position.random[processes.rank()])
         self.wrapped.train()
-        total, batch_size = len(self.images), self.recipe.batch_size
-        sums = torch.zeros(2, dtype=torch.float64)
-        with Progress(f"epoch {epoch + 1}/{self.recipe.epochs}", total, enabled=verbose) as progress:
-            for step, (images, targets) in enumerate(self.batches):
+        total, batch_size, order = len(self.images), self.recipe.batch_size, self.images.order(epoch)
+        first, started = position.step, time.monotonic()
+        tasks = [(epoch, _own_share(order, step, batch_size)) for step in range(first, self.steps)]
+        with Progress(f"epoch {epoch + 1}/{self.recipe.epochs}", total, enabled=self.verbose) as progress:
+            progress.advance(min(first * batch_size, total))
+            asked = time.monotonic()
+            for step, batch in enumerate(self.reader.batches(tasks), start=first):
+                position.wait_seconds += time.monotonic() - asked
                 size = min(batch_size, total - step * batch_size)
                 own = processes.shard_size(size, batch_size)
-                sums += torch.tensor(self.step(images, targets, own, size), dtype=torch.float64) * own
+                self.sums += torch.stack(self.step(TrainingBatch(*batch), own, size)).double() * own
+                if self.device.type == "cpu" or (step + 1) % STEPS_BETWEEN_CHECKS == 0:
+                    check_loss(self.sums)
                 progress.advance(size)
+                position.step = step + 1
+                position.train_seconds += time.monotonic() - asked
+                self.tell_standing(epoch + 1, (position.step - first) * batch_size / (time.monotonic() - started))
+                self.look(position)
+                asked = time.monotonic()
+        check_loss(self.sums)
         # Each process has running statistics of its own shards. All go on with the main process's, which the checkpoint
         # holds, as data parallelism in the release kept those of its first GPU.
-        processes.broadcast_buffers(self.model)
-        global_loss, local_loss = (torch.stack(processes.gather([sums])).sum(dim=0) / total).tolist()
-        return global_loss, local_loss
+        for each in (self.model, self.average):
+            processes.broadcast_buffers(each)
+        return position
 
-    def step(self, images: Tensor, targets: Tensor, own: int, size: int) -> StepLoss:
+    def step(self, batch: TrainingBatch, own: int, size: int) -> StepLoss:
         """One step on this process's `own` images of a batch that has `size` images in all."""
-        # accelerate fills up the epoch's last batch with images of its first: they count for nothing here, and stand in
-        # only where a process has no image of its own, for it must take part in the step.
-        used = own or len(images)
-        x = network_input(self.model, images[:used])
+        # A process that has no image of its own takes part with others, which count for nothing.
+        images, targets, kinds, factors = (part.to(self.device, non_blocking=True) for part in batch)
+        if self.recipe.jitter:
+            images = jitter_colours(images, kinds, factors)
         # Gradients are averaged over the processes: weighted by their images, that is the mean over the batch.
         weight = own * processes.num_processes() / size
         self.optimizer.zero_grad(set_to_none=True)
         parts = training_step(
-            self.wrapped,
-            x,
-            targets[:used],
+            self.forward,
+            network_input(self.model, images),
+            targets,
             self.recipe.statistics_batch,
-            lambda loss: self.accelerator.backward(loss * weight),
+            lambda loss: self.scaler.scale(loss * weight).backward(),
         )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return parts
 
+    # What a run writes down ------------------------------------------------------------------------------------------
 
-def _accelerator(model: MCAR, precision: str) -> Accelerator:
-    """The device and the precision; the model is moved there. No setting of the environment changes the arithmetic:
-    ConfigError names one that would."""
+    def look(self, position: Position, at_once: bool = False) -> None:
+        """Writes a checkpoint if it is time, or if a signal asks for an end, which then comes: Stopped is raised.
+
+        All processes look at the same steps, and together.
+        """
+        self.steps_to_look -= 1
+        if self.steps_to_look > 0 and not at_once:
+            return
+        is_due = time.monotonic() - self.saved_at > 60 * self.execution.checkpoint_minutes
+        seconds = position.train_seconds / max(1, position.step)
+        steps = 1 if processes.num_processes() == 1 else int(LATEST_LOOK / max(seconds, 1e-3))
+        looks = processes.gather([(self.request.signal, is_due, max(1, min(steps, MOST_STEPS)))])
+        asked, (_, is_due, self.steps_to_look) = max(each[0] for each in looks), looks[0]
+        if asked or is_due:
+            check_loss(self.sums)
+            position.sums = processes.gather([self.sums.cpu()])
+            position.random = processes.gather([_random_states(self.model, self.device)])
+            self.save()
+        if asked:
+            raise Stopped(asked, resumable=True)
+
+    def save(self) -> None:
+        processes.broadcast_from_main(
+            lambda: save(self.folder, self.recipe, self.state, self.model, self.parts, self.run)
+        )
+        self.saved_at = time.monotonic()
+
+    def tell_standing(self, epoch: int, rate: float) -> None:
+        if self.tell is None:
+            return
+        epochs, total, position = self.recipe.epochs, len(self.images), self.state.position
+        done = min(position.step * self.recipe.batch_size, total) if position else total
+        tests = [each for each in self.state.history if each.map_fused is not None]
+        to_test = sum(self.is_tested(each) for each in range(epoch, epochs + 1)) if position else 0
+        left = ((epochs - epoch + 1) * total - done) / rate + (to_test * tests[-1].test_seconds if tests else 0)
+        self.tell(Standing(epoch, epochs, done, total, rate, left, tests[-1].map_fused if tests else None))
+
+    def tell_epoch(self) -> None:
+        """A line for the reader, one in the log, and the scalars for the trackers."""
+        history = self.state.history
+        rates = [len(self.images) / max(each.train_seconds, 1e-9) for each in history]
+        lines = [{**asdict(each), "images_per_second": rate} for each, rate in zip(history, rates, strict=True)]
+        log = "".join(f"{json.dumps(line)}\n" for line in lines)
+        processes.broadcast_from_main(lambda: write_bytes(self.folder / LOG, log.encode(), advice=OTHER_ARTIFACTS))
+        if self.execution.trackers:
+            scalars = {name: value for name, value in lines[-1].items() if value is not None and name != "epoch"}
+            self.accelerator.log({**scalars, "learning_rate": self.optimizer.param_groups[0]["lr"]}, step=len(history))
+        self.tell_standing(len(history), rates[-1])
+        if self.verbose:
+            say(_epoch_line(history[-1], self.recipe.epochs, rates[-1]))
+
+
+def _own_share(order: Sequence[int], step: int, batch_size: int) -> list[int]:
+    """Which images of a step's batch are this process's; where none is, those of the epoch's first batch stand in."""
+    batch = order[step * batch_size : (step + 1) * batch_size]
+    shard = batch_size // processes.num_processes()
+    first = processes.rank() * shard
+    return list(batch[first : first + shard] or order[:shard])
+
+
+def _average(model: MCAR, decay: float) -> AveragedModel | None:
+    """The exponential average of weights and batch statistics over the steps; None for a decay of 0."""
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _random_states(model: MCAR, device: torch.device) -> dict[str, Tensor]:
+    """The streams that seed_everything has seeded, as far as they have come."""
+    states = {"torch": torch.get_rng_state()}
+    states |= {"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return states | ({"model": model.generator.get_state()} if model.generator is not None else {})
+
+
+def _set_random_states(model: MCAR, device: torch.device, states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "device" in states:
+        torch.cuda.set_rng_state(states["device"], device)
+    if model.generator is not None:
+        model.generator.set_state(states["model"])
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision != "fp32")
+
+
+def _accelerator(model: MCAR, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """The device, where the model is moved. No setting of the environment changes the arithmetic: ConfigError names one
+    that would."""
     check_settings()
+    check_trackers(trackers)
     processes.forget_accelerate_settings()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     keep_freed_memory()
     processes.num_processes()  # makes the process group, if there is to be one, the way this project wants it
-    AcceleratorState._reset_state()  # else a process could only use the precision of its first run
-    # The effective batch stays the recipe's: several processes share it instead of each taking one.
+    AcceleratorState._reset_state()  # what another job in this process has set
     accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        mixed_precision="no",  # autocast is the loop's own: it acts on the pass over the crops alone
+        log_with=list(trackers) or None,
+        project_dir=folder,
         # To hand out buffers before each forward pass would forbid several of them (statistics_batch) in one step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if trackers:
+        accelerator.init_trackers("scalars")
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know, or whose package is not here."""
+    there = [str(each) for each in get_available_trackers()]
+    if missing := [name for name in names if name not in there]:
+        raise ConfigError(
+            f"no tracker {', '.join(missing)} here (there are: {', '.join(there) or 'none'}); install its package, or "
+            "choose another"
+        )
 
 
 def check_settings() -> None:
@@ -210,36 +406,41 @@ def check_settings() -> None:
             raise ConfigError(f"{name} is {value!r} in the environment, which changes what float32 computes; unset it")
 
 
-def _test(model: MCAR, test: ResizedImages | None, recipe: Recipe, verbose: bool) -> tuple[StreamScores | None, Maps]:
-    """Scores and mAP of the test set, if there is one."""
-    if test is None:
-        return None, (None, None, None)
-    scores = evaluate(model, test, recipe.precision, recipe.seed, verbose)
-    return scores, stream_map(scores, test)
-
-
 def evaluate(
-    model: MCAR, test: ResizedImages, precision: str = "fp32", seed: int = 0, verbose: bool = True
+    model: MCAR,
+    test: ResizedImages,
+    precision: str = "fp32",
+    seed: int = 0,
+    verbose: bool = True,
+    execution: Execution = Execution(),  # noqa: B008  # frozen
+    after_batch: Callable[[], None] | None = None,
 ) -> StreamScores:
     """Scores (n, K) of every image in order, under no_grad and in evaluation mode.
 
     Several processes take the batches in turn, and all get all scores: those of one process, but for selection
-    "random", whose numbers each process draws for itself.
+    "random", whose numbers each process draws for itself. after_batch: called after each batch.
     """
-    accelerator = _accelerator(model, precision)
+    device = _accelerator(model).device
     model.eval()
     seed_everything(model, seed, 0, EVALUATION)
+    batches = [range(len(test))[first : first + EVALUATION_BATCH] for first in range(0, len(test), EVALUATION_BATCH)]
+    own = batches[processes.rank() :: processes.num_processes()]
+    workers = num_workers(execution.workers, device)
+    reader = Reader(functools.partial(_squares, test), workers, EVALUATION_BATCH * 3 * test.size**2, device)
     parts: list[tuple[int, StreamScores]] = []
-    with Progress("testing", len(test), enabled=verbose) as progress:
-        for first in range(0, len(test), EVALUATION_BATCH):
-            last = min(first + EVALUATION_BATCH, len(test))
-            if first // EVALUATION_BATCH % processes.num_processes() == processes.rank():
-                images = torch.stack([test[index] for index in range(first, last)])
-                with accelerator.autocast():
-                    parts.append((first, batch_scores(model, network_input(model, images))))
-            progress.update(last, len(test))
+    with contextlib.closing(reader), Progress("testing", len(test), enabled=verbose) as progress:
+        for batch, (images,) in zip(own, reader.batches(own), strict=True):
+            with _autocast(device, precision):
+                parts.append((batch.start, batch_scores(model, network_input(model, images))))
+            progress.update(batch.stop, len(test))
+            if after_batch is not None:
+                after_batch()
     in_order = [scores for _, scores in sorted(processes.gather(parts), key=lambda part: part[0])]
     return StreamScores(*(torch.cat(stream) for stream in zip(*in_order, strict=True)))
+
+
+def _squares(test: ResizedImages, indices: Sequence[int]) -> tuple[Tensor]:
+    return (test.batch(indices),)
 
 
 def stream_map(scores: StreamScores, test: ResizedImages) -> tuple[float, float, float]:
@@ -250,12 +451,12 @@ def stream_map(scores: StreamScores, test: ResizedImages) -> tuple[float, float,
     return each[0], each[1], each[2]
 
 
-def _epoch_line(result: EpochResult, epochs: int, num_images: int) -> str:
+def _epoch_line(result: EpochResult, epochs: int, rate: float) -> str:
     maps = {"global": result.map_global, "local": result.map_local, "fused": result.map_fused}
     scored = " ".join(f"{name} {100 * value:.1f}" for name, value in maps.items() if value is not None)
     return (
         f"epoch {result.epoch}/{epochs}: loss global {result.global_loss:.4f} local {result.local_loss:.4f}, "
-        f"{f'mAP {scored}' if scored else 'not scored'}, {num_images / result.train_seconds:.0f} images/s, "
+        f"{f'mAP {scored}' if scored else 'not scored'}, {rate:.0f} images/s, "
         f"{format_seconds(result.train_seconds + result.test_seconds)}"
     )
 

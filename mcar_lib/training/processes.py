@@ -45,6 +45,11 @@ def rank() -> int:
     return _state().process_index if started_by_torchrun() else 0
 
 
+def num_local() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if started_by_torchrun() else 1
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -170,9 +175,9 @@ def gather(items: list[T]) -> list[T]:
     return items if num_processes() == 1 else gather_object(items)
 
 
-def broadcast_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module | None) -> None:
     """Gives every process the main process's buffers: the running statistics of batch normalisation."""
-    if num_processes() > 1:
+    if model is not None and num_processes() > 1:
         broadcast(list(model.buffers()))
 
 

@@ -4,7 +4,7 @@ Every random number is derived from (seed, epoch, image), never from how a run w
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
-from torch.utils.data import Dataset, Sampler
 
-from mcar_lib.data.transforms import ResizedImages, augment, sample_generator
+from mcar_lib.data.squares import ResizedImages
+from mcar_lib.data.transforms import crop_and_flip, sample_generator
 from mcar_lib.errors import ConfigError, TrainingError
 from mcar_lib.model import MCAR, Output, fuse, mcar_loss
 from mcar_lib.training import processes
@@ -34,7 +34,9 @@ class Recipe(BaseModel):
     four GPUs had 4 each. crop_area: the least share of a photo's area that random resized crops keep; 1 crops nothing.
     evaluate_every: the test set is scored after every so many epochs, and after the last one in any case; the "best"
     epoch is the best of those that were scored.
-    precision: "bf16" is that of the pass over the crops; the global stream, which places their boxes, is in float32.
+    precision: "bf16", or on older GPUs "fp16" with a scaled loss, is that of the pass over the crops; the global
+    stream, which places their boxes, is in float32. average_decay: of an exponential average of the weights over the
+    steps, which is what is tested and kept; 0 is no average, as in the release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -54,7 +56,8 @@ class Recipe(BaseModel):
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3
     crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
     evaluate_every: Annotated[int, Field(ge=1)] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -95,36 +98,47 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
     return OneCycleLR(optimizer, peaks, total_steps=total, pct_start=recipe.warmup, cycle_momentum=False)
 
 
-class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented training images: item i is (uint8 (3, S, S), float target (K,)). Difficult counts as positive."""
+class TrainingBatch(NamedTuple):
+    """Training images as they are read: uint8 (b, 3, S, S), float targets (b, K), where difficult counts as positive,
+    and the colour jitter of each (see data.transforms.Colours)."""
+
+    images: Tensor
+    targets: Tensor
+    kinds: Tensor
+    factors: Tensor
+
+
+class TrainingImages:
+    """The batches of an epoch: what is drawn for an image depends on seed, epoch and the image only."""
 
     def __init__(self, images: ResizedImages, recipe: Recipe) -> None:
         self.images = images
         self.targets = (images.image_set.targets != 0).float()
         self.recipe = recipe
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        generator = sample_generator(self.recipe.seed, self.epoch, index)
-        image = augment(self.images[index], generator, self.recipe.flip, self.recipe.jitter, self.recipe.crop_area)
-        return image, self.targets[index]
+    def order(self, epoch: int) -> list[int]:
+        """All images once, in an order that depends on seed and epoch only."""
+        generator = sample_generator(self.recipe.seed, epoch, ORDER)
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
+        return order
 
-
-class EpochOrder(Sampler[int]):
-    """All images once, in an order that depends on seed and epoch only."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.size, generator=sample_generator(self.seed, self.epoch, ORDER))
-        return iter(order.tolist())
+    def batch(self, task: tuple[int, Sequence[int]]) -> TrainingBatch:
+        """Those images of an epoch, cropped and flipped; task: (epoch, indices)."""
+        epoch, indices = task
+        images = torch.empty((len(indices), 3, self.images.size, self.images.size), dtype=torch.uint8)
+        colours = []
+        for place, index in enumerate(indices):
+            generator = sample_generator(self.recipe.seed, epoch, index)
+            recipe = self.recipe
+            images[place], drawn = crop_and_flip(
+                self.images[index], generator, recipe.flip, recipe.jitter, recipe.crop_area
+            )
+            colours.append(drawn)
+        kinds, factors = (torch.stack(each) for each in zip(*colours, strict=True))
+        return TrainingBatch(images, self.targets[list(indices)], kinds, factors)
 
 
 def seed_everything(model: MCAR, seed: int, epoch: int, stream: int) -> None:
@@ -139,8 +153,10 @@ def seed_everything(model: MCAR, seed: int, epoch: int, stream: int) -> None:
 
 
 class StepLoss(NamedTuple):
-    global_loss: float
-    local_loss: float
+    """Both parts of a step's loss, () on the device; local is 0 with the local stream off."""
+
+    global_loss: Tensor
+    local_loss: Tensor
 
 
 def forward_in_groups(model: nn.Module, images: Tensor, size: int) -> Output:
@@ -157,11 +173,11 @@ def training_step(
     statistics_batch: int = 0,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> StepLoss:
-    """Forward and backward pass of one batch: adds to the gradients; returns both parts of the loss as numbers.
+    """Forward and backward pass of one batch: adds to the gradients; returns both parts of the loss.
 
     The global stream is gone back through before the crops are looked at, so that one pass's activations are kept at a
     time; gradients are those of the sum, bit for bit. Groups of a batch are gone back through together: more than two
-    terms in another order would round differently. Raises TrainingError when the loss is NaN or infinite.
+    terms in another order would round differently. Nothing is read back from the device.
     """
 
     def back_through_global_stream(logits: Tensor) -> None:
@@ -173,12 +189,17 @@ def training_step(
     else:
         output = model(images, back_through_global_stream)
     global_loss, local_loss = mcar_loss(output, targets)
-    loss = global_loss if local_loss is None else global_loss + local_loss
-    parts = StepLoss(global_loss.item(), 0.0 if local_loss is None else local_loss.item())
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {loss.item()}; lower learning_rate, or look for broken images or weights")
-    backward(loss)
-    return parts
+    backward(global_loss if local_loss is None else global_loss + local_loss)
+    local_part = torch.zeros_like(global_loss) if local_loss is None else local_loss
+    return StepLoss(global_loss.detach(), local_part.detach())
+
+
+def check_loss(losses: Tensor) -> None:
+    """Raises TrainingError where a loss, or a sum of losses, is NaN or infinite. Reads it back from the device."""
+    if not torch.isfinite(losses).all():
+        raise TrainingError(
+            f"the loss is {losses.sum().item()}; lower learning_rate, or look for broken images or weights"
+        )
 
 
 class StreamScores(NamedTuple):
