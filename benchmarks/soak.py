@@ -1,6 +1,6 @@
 """Kills training again and again, lets sessions race, reads meanwhile: the numbers must stay, and no file may be torn.
 
-    python benchmarks/soak.py [--rounds 20] [--pairs 60] [--seed 0]
+    python benchmarks/soak.py [--rounds 20] [--pairs 60] [--workers 0] [--seed 0]
 
 A round trains a run of a few seconds (scenes, `mcar train`, a checkpoint every fraction of a second) and kills it one
 to three times, with SIGKILL, SIGTERM and SIGINT in turn: at a moment drawn at random, in the middle of an epoch, or as
@@ -62,8 +62,9 @@ LONGEST = 300.0  # seconds that a command may take
 class Place:
     """Results and artifacts of one round."""
 
-    def __init__(self, folder: Path, data: Path | None = None) -> None:
+    def __init__(self, folder: Path, workers: int, data: Path | None = None) -> None:
         self.folder, self.results, self.artifacts = folder, folder / "results", folder / "artifacts"
+        self.workers = workers
         folder.mkdir()
         (folder / "soak.toml").write_text(_toml(PROFILE), encoding="utf-8")
         if data is not None:
@@ -72,7 +73,7 @@ class Place:
     def start(self) -> "subprocess.Popen[bytes]":
         """mcar train in a process group of its own."""
         options = ["--profile", "soak.toml", "--results", str(self.results), "--artifacts", str(self.artifacts)]
-        options += ["--checkpoint-minutes", str(CHECKPOINT_MINUTES)]
+        options += ["--checkpoint-minutes", str(CHECKPOINT_MINUTES), "--workers", str(self.workers)]
         with (self.folder / "log").open("ab") as log:
             self.log_start = log.tell()
             return subprocess.Popen(
@@ -150,8 +151,7 @@ def killed_round(place: Place, draw: random.Random, usual: float, signals: Itera
             process.wait(delay)
         if process.poll() is None:
             number = next(signals)
-            # As a terminal does, to all its processes; SIGTERM as timeout does, to the one that was started.
-            (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+            os.killpg(process.pid, number)  # to all its processes, as terminals and Slurm do
             ends[_end(place, number, process.wait(LONGEST))] += 1
     code = place.start().wait(LONGEST)
     if code:
@@ -212,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="runs that are killed (20)")
     parser.add_argument("--pairs", type=int, default=60, help="comparisons that two sessions make at once (60)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read photos of a run that is killed (0)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     draw, ends, differences = random.Random(asked.seed), Counter[str](), 0
@@ -219,19 +220,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)
         reader = Reader(top)
-        whole, started = Place(top / "whole"), time.monotonic()
+        whole, started = Place(top / "whole", workers=0), time.monotonic()
         if code := whole.start().wait(LONGEST):
             raise SystemExit(f"mcar train ended with {code}:\n{(whole.folder / 'log').read_text()}")
         usual, started = time.monotonic() - started, time.monotonic()
         expected = whole.outcome()
         reader.start()
         for number in range(asked.rounds):
-            place = Place(top / f"round-{number}", whole.artifacts / "data")
+            place = Place(top / f"round-{number}", asked.workers, whole.artifacts / "data")
             ends += killed_round(place, draw, usual, signals)
             found = place.outcome()
             if found != expected:
                 differences += 1
-                print(f"round {number}: {found} instead of {expected}")
+                for name, here, there in zip(("metrics", "weights", "left"), found, expected, strict=True):
+                    if here != there:
+                        print(f"round {number + 1}: {name}: {here} instead of {there}")
             shutil.rmtree(place.folder, ignore_errors=True)
             print(f"round {number + 1} of {asked.rounds}: {ends.total()} kills, {differences} differences", flush=True)
         failed = raced(whole.folder, asked.pairs) if asked.pairs else 0

@@ -15,7 +15,7 @@ from test_cli import mcar
 
 from mcar_lib import status
 from mcar_lib.errors import Stopped, TrainingError
-from mcar_lib.files import read_json, write_json
+from mcar_lib.files import HERE, read_json, write_json
 from mcar_lib.runs import RunConfig, Runs, find_or_train
 from mcar_lib.status import SILENT_SECONDS, Status, StatusFile, all_runs, read_status
 from mcar_lib.training.execution import Standing
@@ -229,6 +229,16 @@ def test_a_run_that_was_trained_is_finished(runs: Runs, tiny_config: RunConfig) 
     record = runs.run(tiny_config)
     (found,) = all_runs(runs.artifacts, runs.local)
     assert (found.state, found.record, found.last_map) == ("finished", str(record.path), record.map())
+
+
+def test_a_status_that_was_half_written_when_its_run_was_killed_goes_when_the_run_is_found(
+    runs: Runs, tiny_config: RunConfig
+) -> None:
+    folder = runs.artifacts / "runs" / runs.run(tiny_config).run_id
+    half = folder / f".status.json.{HERE}-{GONE}-0123abcd.part"
+    half.touch()
+    runs.run(tiny_config)
+    assert not half.exists()
 
 
 def test_a_run_says_that_it_is_running_meanwhile(
