@@ -164,6 +164,8 @@ def _end(place: Place, number: signal.Signals, code: int) -> str:
     allowed: tuple[int, ...] = (-number, 128 + number)  # the former before the program looks at signals, and always 9
     if NOTED in place.told():
         allowed = (RESUMABLE,)
+    elif "Fatal Python error" in place.told():  # interrupted while Python itself was starting
+        allowed = (1,)
     if code not in (0, *allowed):
         print(f"{number.name}: ended with {code}:\n{place.told()}")
         return f"{WRONG} {code} on {number.name}"
