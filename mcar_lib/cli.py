@@ -152,6 +152,11 @@ class Action(StrEnum):
     CHECK = "check"
 
 
+class Place(StrEnum):
+    LOCAL = "local"
+    SLURM = "slurm"
+
+
 # Options that commands share -----------------------------------------------------------------------------------------
 
 
@@ -359,6 +364,12 @@ def train(
         list[str] | None,
         typer.Option(envvar="MCAR_TRACKERS", help="tensorboard, wandb, ...: where an epoch's scalars go; repeatable."),
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", envvar="MCAR_RECOMPUTE", help="Less memory, more time: activations are computed twice."
+        ),
+    ] = False,
 ) -> None:
     """Train one run, or find it if it was trained before, and print its metrics.
 
@@ -372,6 +383,7 @@ def train(
     how = {
         "checkpoint_minutes": checkpoint_minutes,
         "trackers": tuple(name for names in track or () for name in names.split(",")),
+        "recompute": recompute,
     }
     runs, config = dataclasses.replace(asked, results=own).open(**how)
     if dry_run:
@@ -406,6 +418,64 @@ def status(
         _print_table(cells[0], [list(row.values()) for row in cells])
     else:
         typer.echo(f"no run has left anything in {folders[0]} or {folders[1]}")
+
+
+@app.command()
+def grid(
+    profile: ProfileName = "paper",
+    rows: Annotated[
+        list[str] | None, typer.Option(help="Rows of the profile, all if none is named; repeatable or A,B.")
+    ] = None,
+    on: Annotated[
+        Place, typer.Option(help="This machine, or a Slurm cluster: one job array, one run a job.")
+    ] = Place.LOCAL,
+    gpus: Annotated[int | None, typer.Option(min=0, help="slurm: GPUs that train a run together (1).")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="slurm: GiB of a run (64).")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.05, help="slurm: until a job is queued again (24).")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores of a run.")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: the partition of the jobs.")] = None,
+    wait: Annotated[bool | None, typer.Option("--wait", help="slurm: until all runs are done or failed.")] = None,
+    results: ResultsFolder = None,
+    data_root: DataRoot = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Train the rows of a profile, or its main comparison where it has none; what has a record is not trained again.
+
+    Each run that fails fails alone, and the command then exits with 1. The same command goes on: jobs that wait or run
+    are left to it. Elsewhere: mcar plan prints one command a run."""
+    from mcar_lib.runs import Failure, Runs, find_or_train
+    from mcar_lib.runs.grid import outcome_told
+    from mcar_lib.runs.plan import named_runs
+
+    options: dict[str, Any] = {
+        "gpus": gpus,
+        "memory": memory,
+        "hours": hours,
+        "cpus": cpus,
+        "partition": partition,
+        "wait": wait,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if on is Place.LOCAL and given:
+        raise typer.BadParameter(f"--{next(iter(given))} is for --on slurm")
+    own = results.resolve() if results else project_root() / "results" / "local"
+    runs = Runs(profile, own, data_root, artifacts)
+    asked = named_runs(runs.profile, [row.strip() for text in rows or () for row in text.split(",")])
+    if on is Place.SLURM:
+        from mcar_lib.runs import cluster
+
+        given.pop("wait", None)
+        jobs = cluster.submit(runs, asked, profile, cluster.Resources(**given))
+        typer.echo(f"{len(jobs)} jobs; logs: {runs.artifacts / 'slurm'}; next: mcar status")
+        if not wait:
+            return
+        outcomes = cluster.wait(runs, asked, jobs)
+    else:
+        outcomes = find_or_train(runs, [each.config for each in asked])
+    for each, outcome in zip(asked, outcomes, strict=True):
+        typer.echo(f"{each.name}: {printable(outcome_told(outcome))}")
+    if any(isinstance(outcome, Failure) for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command()

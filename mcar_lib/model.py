@@ -4,12 +4,15 @@ Symbols of the paper: x images (B, 3, H, W); A = f(x) features (B, C, h, w) of s
 with K outputs; g, l global and local scores (B, K), here as logits; N regions an image; tau the localisation threshold.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD, STRIDE, Triple, build_backbone
 from mcar_lib.errors import ConfigError
@@ -95,6 +98,7 @@ class MCAR(nn.Module):
         self.local_stream = local_stream
         self.generator = generator
         self.mean, self.std = mean, std
+        self.recompute = False  # of training: see pass_over_crops
 
     def forward(self, images: Tensor, between: Callable[[Tensor], None] | None = None) -> Output:
         """images: (B, 3, H, W) normalised float, H and W multiples of 32. Returns Output.
@@ -120,10 +124,15 @@ class MCAR(nn.Module):
         return global_logits, self.find_regions(feature_map, global_logits, images.shape[-2:])
 
     def pass_over_crops(self, images: Tensor, boxes: Tensor) -> Tensor:
-        """The local stream: images (B, 3, H, W) and boxes (B, N, 4) in their pixels -> logits of l (B, K)."""
+        """The local stream: images (B, 3, H, W) and boxes (B, N, 4) in their pixels -> logits of l (B, K).
+
+        With `recompute` the backward pass computes each block's activations again instead of keeping them: the same
+        numbers for less memory and more time.
+        """
         crops = crop_regions(images, boxes)  # (B*N, 3, H, W)
         crops = crops.contiguous(memory_format=_memory_format(images))
-        region_logits = self.classify(self.pool(self.features(crops)))  # (B*N, K)
+        features = _recomputed(self.features) if self.recompute and self.training else self.features
+        region_logits = self.classify(self.pool(features(crops)))  # (B*N, K)
         return region_logits.view(len(images), self.num_regions, -1).amax(dim=1)
 
     def pool(self, feature_map: Tensor) -> Tensor:
@@ -194,6 +203,44 @@ def check_image_size(image_size: Sequence[int]) -> None:
     if any(side < STRIDE or side % STRIDE for side in image_size):
         sides = " x ".join(str(int(side)) for side in image_size)
         raise ConfigError(f"image size {sides}: each side must be a positive multiple of {STRIDE}, the stride")
+
+
+def _recomputed(features: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The same function, block by block, with activations that are computed again when gradients need them."""
+
+    def compute(x: Tensor) -> Tensor:
+        for block in _blocks(features):
+            contexts = functools.partial(_first_and_again, block)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        return x
+
+    return compute
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            yield from _blocks(part)
+    else:
+        yield module
+
+
+def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_kept(block)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Meanwhile batch normalisation adds to copies of its running statistics, as it has added to them before."""
+    modules = [module for module in block.modules() if module._buffers]
+    before = [dict(module._buffers) for module in modules]
+    for module in modules:
+        module._buffers.update({name: value.clone() for name, value in module._buffers.items() if value is not None})
+    try:
+        yield
+    finally:
+        for module, buffers in zip(modules, before, strict=True):
+            module._buffers.update(buffers)
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:

@@ -45,7 +45,8 @@ def locate_intervals(marginals: Tensor, threshold: float | Tensor) -> Tensor:
     if marginals.dim() != 2 or marginals.shape[1] < 2:
         raise ConfigError(f"marginals must have shape (R, L) with L >= 2, not {tuple(marginals.shape)}")
     rows, length = marginals.shape
-    tau = torch.as_tensor(threshold, dtype=marginals.dtype, device=marginals.device)
+    # Filled in on the device: a number that is copied there would make it wait.
+    tau = threshold.to(marginals) if isinstance(threshold, Tensor) else marginals.new_full((), threshold)
     above = torch.sign(marginals - tau.reshape(-1, 1))  # (R, L) in {-1, 0, +1}
 
     # A breakpoint z is a step across tau from z to z + 1; a segment runs from one breakpoint to the next.

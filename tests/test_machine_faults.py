@@ -79,7 +79,8 @@ def save_checkpoint(folder: Path) -> None:
     model = torch.nn.Linear(30, 30)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    checkpoint.save(folder, Recipe(), checkpoint.Fit(), model, optimizer, schedule)  # type: ignore[arg-type]
+    parts = {"optimizer": optimizer, "schedule": schedule}
+    checkpoint.save(folder, Recipe(), checkpoint.Fit(), model, parts)  # type: ignore[arg-type]
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {

@@ -1,13 +1,15 @@
 """Grids of runs: those that have no record yet are trained side by side, each in a process of its own.
 
 A run of a profile with threads = 1 leaves the other cores free, so a grid takes as many runs at once as there are
-cores, and its numbers do not depend on how many those are.
+cores, and its numbers do not depend on how many those are. The notebooks of `make reproduce` and `mcar grid` come here;
+a grid that a Slurm cluster trains goes through cluster.
 """
 
 import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from typing import TextIO
 
 import torch
 
-from mcar_lib.errors import MCARError, WeightsError
+from mcar_lib.errors import RESUMABLE, MCARError, Stopped, WeightsError
 from mcar_lib.progress import format_seconds, say
 from mcar_lib.runs.config import Profile, RunConfig
 from mcar_lib.runs.records import Failure, Record
@@ -28,6 +30,9 @@ from mcar_lib.training import Execution
 
 MAX_AT_ONCE = 8  # each holds one to two GiB
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_STOP = 60.0  # the step that a run is in, and its checkpoint
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+RESOURCE_TRACKER = "resource_tracker"  # joblib's and Python's own processes, which see to it that nothing is left over
 
 
 def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None = None) -> list[Record | Failure]:
@@ -55,7 +60,7 @@ def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None 
         if isinstance(outcome, Failure) and _key(config) in marked:
             marked[_key(config)].give_up(outcome.error)
         seconds = format_seconds(time.monotonic() - started)
-        say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {_told(outcome)}")
+        say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {outcome_told(outcome)}")
     return [outcomes[_key(config)] for config in configs]
 
 
@@ -74,7 +79,8 @@ def relative_cost(config: RunConfig) -> float:
     return config.image_size**2 * inputs * config.epochs
 
 
-def _told(outcome: Record | Failure) -> str:
+def outcome_told(outcome: Record | Failure) -> str:
+    """How a run came out, in a few words."""
     if isinstance(outcome, Failure):
         return f"failed: {outcome.error}"
     return f"mAP {100 * outcome.map():.1f}" if outcome.is_scored else "trained, not scored"
@@ -103,12 +109,12 @@ def _train_all(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> Iterat
     tasks = (joblib.delayed(_train_in_worker)(*place, index, config) for index, config in enumerate(ready))
     left = dict(enumerate(ready))
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads):
+        with _workers_stop_first(), joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads):
             for index, error in joblib.Parallel(at_once, return_as="generator_unordered")(tasks):
                 yield left.pop(index), error
     except TerminatedWorkerError:
         for config in left.values():
-            yield config, "its process was killed (out of memory?); the same command goes on from its last epoch"
+            yield config, "its process was killed (out of memory?); the same command goes on from its last checkpoint"
 
 
 def _attempt(runs: Runs, config: RunConfig) -> str | None:
@@ -135,7 +141,10 @@ def _train_in_worker(
     _end_with(parent)
     runs = _opened(profile.model_dump_json(), results, data_root, artifacts, execution)
     with contextlib.redirect_stdout(_Prefixed(sys.stdout, f"{config.label}: ")):
-        return index, _attempt(runs, config)
+        try:
+            return index, _attempt(runs, config)
+        except Stopped:  # with a checkpoint; this process has no further runs to train
+            os._exit(RESUMABLE)
 
 
 @functools.lru_cache(maxsize=1)
@@ -146,14 +155,47 @@ def _opened(profile: str, results: Path, data_root: Path | None, artifacts: Path
 
 @functools.cache
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone, however it went."""
+    """Ends this process when the one that started it is gone, however it went: a run that it trains gets time for a
+    checkpoint."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SECONDS_TO_STOP)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _workers_stop_first() -> Iterator[None]:
+    """Meanwhile a signal that asks this process to end goes to its workers first, and they get time for checkpoints:
+    joblib would kill them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import psutil  # ipykernel brings it
+
+    def stop(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        workers = [child for child in psutil.Process().children() if RESOURCE_TRACKER not in " ".join(child.cmdline())]
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.terminate()
+        psutil.wait_procs(workers, timeout=SECONDS_TO_STOP)
+        raise Stopped(number, resumable=True)
+
+    numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+    before = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 class _Prefixed:

@@ -5,9 +5,10 @@ Needs neither data nor weights: the published data sets are as large as their of
 
 import csv
 import functools
+import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,15 @@ TESTS_LINE = (
 )
 NUM_CLASSES = {"coco2014": 80}  # the others have VOC's 20
 Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """One run of a profile: its name, and the options by which `mcar train` knows it."""
+
+    name: str
+    config: RunConfig
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,18 +112,29 @@ def plan(profile: Profile, named: str | None = None) -> list[PlannedRun]:
     named: the profile as commands are to name it, a path say; by default its own name.
     Raises ConfigError for a data set whose size is not known beforehand (one's own images).
     """
-    if profile.rows:
-        runs = [(name, profile.row(name), f"--row {shlex.quote(name)} --data-root DIR") for name in profile.rows]
+    published, command = published_map(), ("mcar", "train", "--profile", named or profile.name)
+    folder = " --data-root DIR" if profile.rows else ""
+    return [
+        _planned(run, published.get(key_of(run.config)), shlex.join((*command, *run.options)) + folder)
+        for run in named_runs(profile)
+    ]
+
+
+def named_runs(profile: Profile, rows: Sequence[str] = ()) -> list[NamedRun]:
+    """The rows of a profile, all or those named, in the order of the published table; its main comparison, both models
+    with every seed, where it has no rows. Raises ConfigError for a row that it has not."""
+    if profile.rows or rows:
+        runs = [NamedRun(name, profile.row(name), ("--row", name)) for name in dict.fromkeys(rows or profile.rows)]
     else:
         both = [profile.run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]
-        options = "--set local_stream={} --set seed={}"
-        runs = [(each.label, each, options.format(str(each.local_stream).lower(), each.seed)) for each in both]
-    published, command = published_map(), f"mcar train --profile {shlex.quote(named or profile.name)}"
-    order = {key: place for place, key in enumerate(published)}
-    return [
-        _planned(name, config, published.get(key_of(config)), f"{command} {options}")
-        for name, config, options in sorted(runs, key=lambda run: order.get(key_of(run[1]), len(order)))
-    ]
+        runs = [NamedRun(each.label, each, tuple(_settings(each, "local_stream", "seed"))) for each in both]
+    order = {key: place for place, key in enumerate(published_map())}
+    return sorted(runs, key=lambda run: order.get(key_of(run.config), len(order)))
+
+
+def _settings(config: RunConfig, *names: str) -> Iterator[str]:
+    for name in names:
+        yield from ("--set", f"{name}={json.dumps(getattr(config, name))}")
 
 
 def parse_throughput(texts: Sequence[str]) -> dict[str, float]:
@@ -142,11 +163,12 @@ def published_map() -> dict[Key, float]:
         return {(row["dataset"], row["backbone"], int(row["image_size"])): float(row["percent"]) for row in rows}
 
 
-def _planned(name: str, config: RunConfig, published: float | None, command: str) -> PlannedRun:
+def _planned(run: NamedRun, published: float | None, command: str) -> PlannedRun:
+    config = run.config
     train, test = (_num_images(config, split) for split in ("train", "test"))
     macs = _macs(config.backbone, config.image_size, NUM_CLASSES.get(config.dataset, 20))
     passes = 1 + config.num_regions if config.local_stream else 1
-    return PlannedRun(name, config, published, train, test, passes * macs, command)
+    return PlannedRun(run.name, config, published, train, test, passes * macs, command)
 
 
 def _num_images(config: RunConfig, split: str) -> int:

@@ -17,7 +17,9 @@ class Execution:
 
     cache: where photos are kept once they are resized; "auto": in memory up to 1 GiB, else on disk where there is room
     for twice as much, else nowhere. checkpoint_minutes: between two checkpoints within an epoch; there is one after
-    each epoch in any case. trackers: accelerate's names of what scalars are sent to ("tensorboard").
+    each epoch in any case. trackers: accelerate's names of what scalars are sent to ("tensorboard"). recompute:
+    activations of the pass over the crops are computed again in the backward pass instead of kept: less memory, more
+    time; a GPU that has too little memory without it turns it on.
     Raises ConfigError on any other value.
     """
 
@@ -25,6 +27,7 @@ class Execution:
     cache: Cache = "auto"
     checkpoint_minutes: float = 10.0
     trackers: tuple[str, ...] = ()
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
@@ -36,13 +39,15 @@ class Execution:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> "Execution":
-        """What MCAR_WORKERS, MCAR_CACHE, MCAR_CHECKPOINT_MINUTES and MCAR_TRACKERS say: notebooks have no options."""
+        """What MCAR_WORKERS, MCAR_CACHE, MCAR_CHECKPOINT_MINUTES, MCAR_TRACKERS and MCAR_RECOMPUTE (1) say: notebooks
+        have no options."""
         found: dict[str, object] = {}
         kinds: dict[str, Callable[[str], object]] = {
             "workers": int,
             "cache": str,
             "checkpoint_minutes": float,
             "trackers": _names,
+            "recompute": lambda text: bool(int(text)),
         }
         for name, kind in kinds.items():
             if text := environment.get(f"MCAR_{name.upper()}"):

@@ -181,9 +181,10 @@ class _Job:
         shard = recipe.batch_size // processes.num_processes()
         workers = num_workers(execution.workers, self.device)
         self.reader = Reader(self.images.batch, workers, shard * 3 * train.size**2, self.device)
+        model.recompute = execution.recompute
         self.state = resume(folder, recipe, model, self.parts, run)
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.saved_at, self.steps_to_look = time.monotonic(), 1
+        self.saved_at, self.steps_to_look, self.fits = time.monotonic(), 1, False
 
     def close(self) -> None:
         self.reader.close()
@@ -238,7 +239,8 @@ class _Job:
                 position.wait_seconds += time.monotonic() - asked
                 size = min(batch_size, total - step * batch_size)
                 own = processes.shard_size(size, batch_size)
-                self.sums += torch.stack(self.step(TrainingBatch(*batch), own, size)).double() * own
+                parts = self.step(TrainingBatch(*batch), own, size)
+                self.sums += torch.stack(parts).double() * own
                 if self.device.type == "cpu" or (step + 1) % STEPS_BETWEEN_CHECKS == 0:
                     check_loss(self.sums)
                 progress.advance(size)
@@ -260,21 +262,42 @@ class _Job:
         images, targets, kinds, factors = (part.to(self.device, non_blocking=True) for part in batch)
         if self.recipe.jitter:
             images = jitter_colours(images, kinds, factors)
-        # Gradients are averaged over the processes: weighted by their images, that is the mean over the batch.
-        weight = own * processes.num_processes() / size
         self.optimizer.zero_grad(set_to_none=True)
-        parts = training_step(
-            self.forward,
-            network_input(self.model, images),
-            targets,
-            self.recipe.statistics_batch,
-            lambda loss: self.scaler.scale(loss * weight).backward(),
-        )
+        back = functools.partial(self.back, own * processes.num_processes() / size)
+        x, group = network_input(self.model, images), self.recipe.statistics_batch
+        parts = self.first_that_fits(lambda: training_step(self.forward, x, targets, group, back))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+        return parts
+
+    def back(self, weight: float, loss: Tensor) -> None:
+        """Backward pass. Gradients are averaged over the processes: weighted by their images, that is the mean over the
+        batch."""
+        self.scaler.scale(loss * weight).backward()
+
+    def first_that_fits(self, compute: Callable[[], StepLoss]) -> StepLoss:
+        """What `compute` does to the gradients; in the first step here once more, with `recompute`, where the GPU's
+        memory is too small without it."""
+        if self.fits or processes.num_processes() > 1:  # the others would be in the middle of theirs
+            return compute()
+        buffers, random = [each.clone() for each in self.model.buffers()], _random_states(self.model, self.device)
+        try:
+            parts = compute()
+        except torch.OutOfMemoryError:
+            if self.model.recompute:
+                raise
+            self.model.recompute = True
+            say("the GPU has too little memory to keep all activations: the backward pass computes some again")
+            for each, before in zip(self.model.buffers(), buffers, strict=True):
+                each.copy_(before)
+            _set_random_states(self.model, self.device, random)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            parts = compute()
+        self.fits = True
         return parts
 
     # What a run writes down ------------------------------------------------------------------------------------------
