@@ -1,17 +1,20 @@
 """Kills training again and again, lets sessions race, reads meanwhile: the numbers must stay, and no file may be torn.
 
-    python benchmarks/soak.py [--rounds 100] [--pairs 60] [--seed 0]
+    python benchmarks/soak.py [--rounds 20] [--pairs 60] [--workers 0] [--seed 0]
 
-A round trains a run of a few seconds (scenes, `mcar train`), kills it with SIGKILL one to three times, at a moment
-drawn at random or as soon as a file of its is there, and starts it again until it is done; metrics and weights must be
-those of a run that nobody killed, bit for bit, and nothing may be left over. A pair is two sessions that make one
-comparison at once. Meanwhile a reader reads every record, checkpoint, score and weights file. Ends with 1 on any
-difference.
+A round trains a run of a few seconds (scenes, `mcar train`, a checkpoint every fraction of a second) and kills it one
+to three times, with SIGKILL, SIGTERM and SIGINT in turn: at a moment drawn at random, in the middle of an epoch, or as
+soon as a file of its is there or being written; it is started again until it is done. Metrics and weights must be those
+of a run that nobody killed, bit for bit, and nothing may be left over. A signal that training has noted must end it
+with 75, one before or after training with 130 or 143, and at least one must have found it training. A pair is two
+sessions that make one comparison at once. Meanwhile a reader reads every record, status, checkpoint, score and weights
+file. Ends with 1 on any difference.
 """
 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,10 +28,11 @@ import threading
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mcar_lib.errors import MCARError
+from mcar_lib.errors import RESUMABLE, MCARError
 from mcar_lib.files import check_zip, read_json
 from mcar_lib.runs import Profile, Runs, compare
 from mcar_lib.weights import read_state_dict
@@ -40,20 +44,27 @@ PROFILE = {
     "bootstrap_resamples": 200,
     "threads": 1,
     "run": {
-        "data_options": {"num_train": 24, "num_test": 16, "side": 64, "seed": 3},
+        "data_options": {"num_train": 48, "num_test": 16, "side": 64, "seed": 3},
         **{"dataset": "scenes", "backbone": "mobilenet_v2", "weights": "none", "image_size": 32, "num_regions": 2},
         **{"epochs": 3, "batch_size": 8, "learning_rate": 0.05, "schedule": "onecycle", "jitter": 0.0},
     },
 }
-MOMENTS = ("checkpoint.pt", "checkpoint-new.pt", "checkpoint-previous.pt", "scores.npz", "model.safetensors", "runs/*")
+FILES = ("checkpoint.pt", ".checkpoint*.part", "checkpoint-previous.pt", "scores.npz", "model.safetensors", "runs/*")
+MOMENTS = ("any", "training", "training", *FILES)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+CHECKPOINT_MINUTES = 0.002
+TRAINING = "training scenes-"  # a line of the log says so
+NOTED = "after this step a checkpoint is written"  # another, once a signal is to end the training
+WRONG = "WRONG:"
 LONGEST = 300.0  # seconds that a command may take
 
 
 class Place:
     """Results and artifacts of one round."""
 
-    def __init__(self, folder: Path, data: Path | None = None) -> None:
+    def __init__(self, folder: Path, workers: int, data: Path | None = None) -> None:
         self.folder, self.results, self.artifacts = folder, folder / "results", folder / "artifacts"
+        self.workers = workers
         folder.mkdir()
         (folder / "soak.toml").write_text(_toml(PROFILE), encoding="utf-8")
         if data is not None:
@@ -62,7 +73,9 @@ class Place:
     def start(self) -> "subprocess.Popen[bytes]":
         """mcar train in a process group of its own."""
         options = ["--profile", "soak.toml", "--results", str(self.results), "--artifacts", str(self.artifacts)]
+        options += ["--checkpoint-minutes", str(CHECKPOINT_MINUTES), "--workers", str(self.workers)]
         with (self.folder / "log").open("ab") as log:
+            self.log_start = log.tell()
             return subprocess.Popen(
                 [sys.executable, "-m", "mcar_lib", "train", *options],
                 cwd=self.folder,
@@ -72,8 +85,14 @@ class Place:
                 start_new_session=True,
             )
 
+    def told(self) -> str:
+        """What the command that was started last has printed."""
+        return (self.folder / "log").read_bytes()[self.log_start :].decode(errors="replace")
+
     def found(self, moment: str) -> bool:
-        """Whether a file is there at whose appearance the run is to be killed."""
+        """Whether a moment has come at which the run is to be killed: it trains, or a file is there."""
+        if moment == "training":
+            return TRAINING in self.told()
         top = self.results / "soak" if "/" in moment else self.artifacts / "runs"
         return any(True for _ in top.glob(moment if "/" in moment else f"*/{moment}"))
 
@@ -118,25 +137,44 @@ class Reader(threading.Thread):
             time.sleep(0.002)
 
 
-def killed_round(place: Place, draw: random.Random, usual: float) -> int:
-    """Trains to the end, killed on the way; returns the number of kills."""
-    kills = 0
+def killed_round(place: Place, draw: random.Random, usual: float, signals: Iterator[signal.Signals]) -> Counter[str]:
+    """Trains to the end, killed on the way; returns how the killed commands ended, and how often."""
+    ends = Counter[str]()
     for _ in range(draw.randint(1, 3)):
         process, started = place.start(), time.monotonic()
-        moment = draw.choice((None, None, *MOMENTS))
-        delay = draw.uniform(0, usual) if moment is None else draw.uniform(0, 0.05)
-        while process.poll() is None and time.monotonic() - started < LONGEST:
-            if (time.monotonic() - started > delay) if moment is None else place.found(moment):
-                time.sleep(0 if moment is None else delay)
-                break
+        moment = draw.choice(MOMENTS)
+        delay = draw.uniform(0, {"any": usual, "training": usual / 2}.get(moment, 0.05))
+        while moment != "any" and process.poll() is None and not place.found(moment):
+            _check_time(started)
             time.sleep(0.001)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
+            number = next(signals)
+            os.killpg(process.pid, number)  # to all its processes, as terminals and Slurm do
+            ends[_end(place, number, process.wait(LONGEST))] += 1
     code = place.start().wait(LONGEST)
     if code:
-        raise SystemExit(f"mcar train ended with {code}; see {place.folder / 'log'}")
-    return kills
+        raise SystemExit(f"mcar train ended with {code}:\n{place.told()}")
+    return ends
+
+
+def _end(place: Place, number: signal.Signals, code: int) -> str:
+    """How a command ended that was sent a signal: "done" where it was too late to, WRONG where it must not."""
+    allowed: tuple[int, ...] = (-number, 128 + number)  # the former before the program looks at signals, and always 9
+    if NOTED in place.told():
+        allowed = (RESUMABLE,)
+    elif "Fatal Python error" in place.told():  # interrupted while Python itself was starting
+        allowed = (1,)
+    if code not in (0, *allowed):
+        print(f"{number.name}: ended with {code}:\n{place.told()}")
+        return f"{WRONG} {code} on {number.name}"
+    return "done" if code == 0 else f"{code} on {number.name}"
+
+
+def _check_time(started: float) -> None:
+    if time.monotonic() - started > LONGEST:
+        raise SystemExit("mcar train takes too long")
 
 
 def _compare(place: Path, pairs: int, together: Any, told: Any) -> None:
@@ -174,40 +212,50 @@ def raced(place: Path, pairs: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="runs that are killed (10)")
+    parser.add_argument("--rounds", type=int, default=20, help="runs that are killed (20)")
     parser.add_argument("--pairs", type=int, default=60, help="comparisons that two sessions make at once (60)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read photos of a run that is killed (0)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    draw, kills, differences = random.Random(asked.seed), 0, 0
+    draw, ends, differences = random.Random(asked.seed), Counter[str](), 0
+    signals = itertools.cycle(SIGNALS)
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)
         reader = Reader(top)
-        whole = Place(top / "whole")
+        whole, started = Place(top / "whole", workers=0), time.monotonic()
         if code := whole.start().wait(LONGEST):
             raise SystemExit(f"mcar train ended with {code}:\n{(whole.folder / 'log').read_text()}")
-        started = time.monotonic()
+        usual, started = time.monotonic() - started, time.monotonic()
         expected = whole.outcome()
         reader.start()
-        usual = 10.0
         for number in range(asked.rounds):
-            place = Place(top / f"round-{number}", whole.artifacts / "data")
-            kills += killed_round(place, draw, usual)
+            place = Place(top / f"round-{number}", asked.workers, whole.artifacts / "data")
+            ends += killed_round(place, draw, usual, signals)
             found = place.outcome()
             if found != expected:
                 differences += 1
-                print(f"round {number}: {found} instead of {expected}")
+                for name, here, there in zip(("metrics", "weights", "left"), found, expected, strict=True):
+                    if here != there:
+                        print(f"round {number + 1}: {name}: {here} instead of {there}")
             shutil.rmtree(place.folder, ignore_errors=True)
+            print(f"round {number + 1} of {asked.rounds}: {ends.total()} kills, {differences} differences", flush=True)
         failed = raced(whole.folder, asked.pairs) if asked.pairs else 0
         reader.going = False
         reader.join()
         for torn, count in reader.torn.items():
             print(f"torn {count} times: {torn}")
+        for end, count in sorted(ends.items()):
+            print(f"{count} times: {end}")
+        wrong = sum(count for end, count in ends.items() if end.startswith(WRONG))
+        untried = asked.rounds > 0 and not any(end.startswith(str(RESUMABLE)) for end in ends)
+        if untried:
+            print("no signal found it training: give more --rounds, or another --seed")
         print(
-            f"{asked.rounds} runs with {kills} kills, {asked.pairs} comparisons by two sessions at once, "
+            f"{asked.rounds} runs with {ends.total()} kills, {asked.pairs} comparisons by two sessions at once, "
             f"{reader.reads:,} reads, {time.monotonic() - started:.0f} s: "
-            f"{differences + failed} differences, {sum(reader.torn.values())} torn files"
+            f"{differences + failed + wrong} differences, {sum(reader.torn.values())} torn files"
         )
-    sys.exit(bool(differences or failed or reader.torn))
+    sys.exit(bool(differences or failed or wrong or untried or reader.torn))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ from mcar_lib.errors import (
     WeightsError,
     printable,
 )
-from mcar_lib.files import user_path
+from mcar_lib.files import project_root, user_path
 
 if TYPE_CHECKING:
     from mcar_lib.runs import Record, RunConfig, Runs
+    from mcar_lib.runs.published import Beside
 
 EXIT_CODES = {ConfigError: 2, DataError: 3, WeightsError: 4, CheckpointError: 4, ResultsError: 5, MCARError: 1}
 EPILOG = (
@@ -340,11 +341,12 @@ def plan(
 ) -> None:
     """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed."""
     from mcar_lib.runs import load_profile
-    from mcar_lib.runs.plan import parse_throughput, plan
+    from mcar_lib.runs.plan import TESTS_LINE, parse_throughput, plan
 
     speeds, runs = parse_throughput(throughput or []), plan(load_profile(profile), profile)
     cells = [run.cells(speeds) for run in runs]
     _print_table(cells[0], [list(row.values()) for row in cells])
+    typer.echo(TESTS_LINE)
     for run in runs:
         typer.echo(run.command)
 
@@ -373,7 +375,7 @@ def train(
 
     SIGINT, SIGTERM or SIGHUP end it after the step that it is in, with a checkpoint and exit code 75: the same command
     goes on from there."""
-    from mcar_lib.files import project_root
+    from mcar_lib.runs.published import beside_record
     from mcar_lib.runs.records import NO_TEST_LABELS
     from mcar_lib.runs.trainer import dry_run as run_dry
 
@@ -392,8 +394,30 @@ def train(
     typer.echo(f"record: {record.path}")
     if record.is_scored:
         _print_metrics(record.metrics["last"])
+        _print_beside(beside_record(record))
     else:
         typer.echo(f"{NO_TEST_LABELS}; next: mcar submit voc2012 {asked.as_options()}")
+
+
+@app.command()
+def status(
+    artifacts: Artifacts = None,
+    results: ResultsFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array, with all that is known of each run.")] = False,
+) -> None:
+    """List all runs and how they stand: running, waiting, failed, killed, stopped, finished; how far, and why."""
+    from mcar_lib.status import all_runs
+
+    places = ((artifacts or os.environ.get("MCAR_ARTIFACTS"), "artifacts"), (results, "results/local"))
+    folders = [user_path(given).resolve() if given else project_root() / usual for given, usual in places]
+    runs = all_runs(*folders)
+    if as_json:
+        typer.echo(json.dumps([run.model_dump() for run in runs], indent=1))
+    elif runs:
+        cells = [run.cells() for run in runs]
+        _print_table(cells[0], [list(row.values()) for row in cells])
+    else:
+        typer.echo(f"no run has left anything in {folders[0]} or {folders[1]}")
 
 
 @app.command()
@@ -419,7 +443,6 @@ def grid(
 
     Each run that fails fails alone, and the command then exits with 1. The same command goes on: jobs that wait or run
     are left to it. Elsewhere: mcar plan prints one command a run."""
-    from mcar_lib.files import project_root
     from mcar_lib.runs import Failure, Runs, find_or_train
     from mcar_lib.runs.grid import outcome_told
     from mcar_lib.runs.plan import named_runs
@@ -462,21 +485,32 @@ def evaluate(
     best: Annotated[bool, typer.Option("--best", help="The best epoch on the test set, not the last.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(**PATH, help="Weights to score on the test split.")] = None,
     release: Release = False,
+    report: Annotated[
+        Path | None, typer.Option(**PATH, help="A .md file to write as well: settings, metrics, AP of each class.")
+    ] = None,
 ) -> None:
     """Print the metrics of a run that was trained before, or of a checkpoint file. Trains nothing.
 
     A file that mcar export wrote is scored on a data set of its classes, with --set, else as its header says. With
     --release, data set, backbone, pooling, size, N and tau are taken from --set, else from the checkpoint's name
-    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile. Where from is printed."""
-    from mcar_lib.runs.trainer import score_weights
+    (coco2014-resnet101-gwp-448-4-0.5, of the file or its folder), else from the profile. Where from is printed, and
+    beside what was published, whether it agrees."""
+    from mcar_lib.runs import published
 
+    if report:
+        published.check_report(report)
     runs, config, about = asked.open_checkpoint(checkpoint, release)
     if checkpoint is not None:
-        _print_metrics(score_weights(runs.splits, config, checkpoint, release, about, runs.execution))
-        return
-    record = _record_of(runs, config)
-    typer.echo(f"record: {record.path}")
-    _print_metrics(record.metrics["best" if best else "last"])
+        evaluated = published.score_file(runs.splits, config, checkpoint, release, about, RELEASED, runs.execution)
+    else:
+        record = _record_of(runs, config)
+        typer.echo(f"record: {record.path}")
+        evaluated = published.evaluated(record, "best" if best else "last")
+    _print_metrics(evaluated.streams)
+    _print_beside(evaluated.beside)
+    if report:
+        evaluated.write(report)
+        typer.echo(f"report: {report}")
 
 
 @app.command()
@@ -604,11 +638,16 @@ def _print_metrics(streams: Mapping[str, Any]) -> None:
     _print_table(["stream", "labels at", "mAP %", *LABEL_METRICS], rows)
 
 
+def _print_beside(beside: "Beside | None") -> None:
+    if beside is not None:
+        typer.echo(beside.line)
+
+
 def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> None:
     plain = not sys.stdout.isatty()
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain)
     for name in columns:
-        table.add_column(_cell(name), justify="right")
+        table.add_column(_cell(name), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
     Console(width=160 if plain else None, markup=False, highlight=False).print(table)

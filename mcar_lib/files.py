@@ -167,12 +167,13 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.part"):
         if found := PARTIAL.fullmatch(path.name):
             with contextlib.suppress(OSError):
-                dead = found["machine"] == HERE and not _lives(int(found["process"]))
+                dead = found["machine"] == HERE and not lives(int(found["process"]))
                 if dead or time.time() - path.stat().st_mtime > DAY:
                     path.unlink()
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether a process of this machine is there."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

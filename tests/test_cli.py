@@ -28,7 +28,7 @@ from mcar_lib.errors import (
 from mcar_lib.runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("reproduce", "publish", "report", "plan", "train", "evaluate", "export", "submit", "data")
+COMMANDS = ("reproduce", "publish", "report", "plan", "train", "status", "evaluate", "export", "submit", "data")
 PROFILE = """
 name = "tiny"
 title = "one epoch on sixteen scenes"

@@ -75,6 +75,23 @@ def test_the_plan_has_the_published_targets_and_official_counts() -> None:
     assert runs["voc2012-resnet50-448"].macs == 60 * 3 * 11540 * runs["voc2012-resnet50-448"].macs_per_image
 
 
+@pytest.mark.parametrize(("every", "tests"), [(1, 60), (7, 9), (30, 2), (60, 1), (100, 1)])
+def test_the_plan_counts_the_tests_that_a_run_asks_for_and_the_last(every: int, tests: int) -> None:
+    row = {"voc": {"dataset": "voc2007", "evaluate_every": every}}
+    (run,) = plan(PAPER.model_copy(update={"rows": row}))
+    assert run.macs == (60 * 3 * 5011 + tests * 4952) * run.macs_per_image
+
+
+def test_the_plan_shows_what_tests_every_epoch_and_at_the_end_only_add() -> None:
+    runs = {run.name: run for run in plan(PAPER)}
+    names = ("tests every epoch", "at the end only")
+    voc = runs["voc2007-resnet101-448"]
+    assert [voc.cells({})[name] for name in names] == ["32.9 %", "0.5 %"]
+    speed = {"": voc.macs_per_image * 4952 / 3600 / 1e12}  # at which one test takes an hour
+    assert [voc.cells(speed)[name] for name in names] == ["60.00 h", "1.00 h"]
+    assert [runs["voc2012-resnet50-448"].cells({})[name] for name in names] == [None, None]
+
+
 def test_planned_operations_are_those_that_a_model_is_counted_with() -> None:
     config = RunConfig(backbone="mobilenet_v2", weights="none", image_size=64, num_regions=2)
     counted = count_macs(build_model(config, 20), 64)

@@ -25,6 +25,7 @@ from mcar_lib.progress import format_seconds, say
 from mcar_lib.runs.config import Profile, RunConfig
 from mcar_lib.runs.records import Failure, Record
 from mcar_lib.runs.runs import Runs
+from mcar_lib.status import StatusFile
 from mcar_lib.training import Execution
 
 MAX_AT_ONCE = 8  # each holds one to two GiB
@@ -46,12 +47,18 @@ def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None 
             if (record := runs.find(config)) is not None:
                 outcomes[_key(config)] = record
     missing = {_key(config): config for config in configs if _key(config) not in outcomes}
+    marked = dict[str, StatusFile]()
+    for key, config in missing.items():
+        with contextlib.suppress(MCARError):  # likewise
+            marked[key] = runs.mark_waiting(config)
     at_once = min(at_once or runs_at_once(runs.profile), max(len(missing), 1))
     started, waiting = time.monotonic(), sorted(missing.values(), key=relative_cost, reverse=True)
     for done, (config, error) in enumerate(_train_all(runs, waiting, at_once), start=1):
         record = runs.find(config) if error is None else None
         outcome = record or Failure(config, error or "the run ended without a record")
         outcomes[_key(config)] = outcome
+        if isinstance(outcome, Failure) and _key(config) in marked:
+            marked[_key(config)].give_up(outcome.error)
         seconds = format_seconds(time.monotonic() - started)
         say(f"run {done} of {len(missing)}, {seconds} so far: {config.label}: {outcome_told(outcome)}")
     return [outcomes[_key(config)] for config in configs]

@@ -89,10 +89,12 @@ class Outcome:
             checkpoint.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Checkpoints of a run that was killed after its record was written, and before they were removed."""
-        if self.weights.exists() and any(self.folder.glob("checkpoint*.pt")):
+        """What a run that was killed after its record was written has left: checkpoints, files half written."""
+        left = (*self.folder.glob("checkpoint*.pt"), *self.folder.glob(".*.part"))
+        if self.weights.exists() and left:
             with contextlib.suppress(OSError), FileLock(self.folder / "lock", timeout=0):  # else a session works here
                 self.remove_checkpoints()
+                remove_leftovers(self.folder)
 
     def scores(self, epoch: str, shape: tuple[int, ...]) -> StreamScores | None:
         """Test scores (n, K) after the last or the best epoch; None where they are not here or damaged, which is

@@ -21,6 +21,10 @@ from mcar_lib.files import shipped
 from mcar_lib.runs.config import Profile, RunConfig
 
 BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
+TESTS_LINE = (
+    "tests: what they add to the training, in hours or percent of it; --set evaluate_every=60 tests a run of 60 epochs "
+    "at the end only, and then the best epoch is not known"
+)
 NUM_CLASSES = {"coco2014": 80}  # the others have VOC's 20
 Key = tuple[str, str, int]
 
@@ -56,18 +60,38 @@ class PlannedRun:
 
     @property
     def macs(self) -> int:
-        """Of the whole run: training, and a test after every epoch where test labels are public (not VOC 2012's)."""
-        tested = 0 if self.config.dataset == "voc2012" else self.test_images
-        return self.config.epochs * ((1 + BACKWARD) * self.train_images + tested) * self.macs_per_image
+        """Of the whole run: training, and the tests that its evaluate_every asks for."""
+        return self._training_macs + self.test_macs(self.config.evaluate_every)
+
+    @property
+    def _training_macs(self) -> int:
+        return self.config.epochs * (1 + BACKWARD) * self.train_images * self.macs_per_image
+
+    def test_macs(self, every: int) -> int:
+        """Of the tests of the whole run, one after every so many epochs and one after the last; none where test labels
+        are not public (VOC 2012's)."""
+        tests = 0 if self.config.dataset == "voc2012" else math.ceil(self.config.epochs / every)
+        return tests * self.test_images * self.macs_per_image
 
     def hours(self, throughput: Mapping[str, float]) -> float | None:
         """Hours on a device of this speed, in 10^12 multiply-accumulates a second by backbone ("" for all others);
         None without a speed for this backbone."""
+        return self._hours(self.macs, throughput)
+
+    def _hours(self, macs: int, throughput: Mapping[str, float]) -> float | None:
         speed = throughput.get(self.config.backbone, throughput.get(""))
-        return None if speed is None else self.macs / (speed * 1e12) / 3600
+        return None if speed is None else macs / (speed * 1e12) / 3600
+
+    def tests(self, every: int, throughput: Mapping[str, float]) -> str | None:
+        """What tests after every so many epochs add: hours where the speed is known, else percent of the training."""
+        macs = self.test_macs(every)
+        hours = self._hours(macs, throughput)
+        if not macs:
+            return None
+        return f"{100 * macs / self._training_macs:.1f} %" if hours is None else f"{hours:.2f} h"
 
     def cells(self, throughput: Mapping[str, float]) -> dict[str, object]:
-        """The run as a row of a table; hours only where there is a throughput."""
+        """The run as a row of a table; hours in all only where there is a throughput."""
         return {
             "run": self.name,
             "published mAP %": self.published,
@@ -76,6 +100,8 @@ class PlannedRun:
             "steps": f"{self.steps:,}",
             "GMACs an image": self.macs_per_image / 1e9,
             "EMACs in all": f"{self.macs / 1e18:.3f}",
+            "tests every epoch": self.tests(1, throughput),
+            "at the end only": self.tests(self.config.epochs, throughput),
             **({"hours": self.hours(throughput)} if throughput else {}),
         }
 

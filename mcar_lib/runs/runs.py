@@ -5,6 +5,7 @@ is never taken for the run that is asked for. Where there is nothing to look at 
 taken, and a line says so; data that was named and cannot be read is an error.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from mcar_lib.runs.outcome import Outcome, alone
 from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
 from mcar_lib.runs.splits import Data, Splits
 from mcar_lib.runs.trainer import arithmetic_fingerprint, cpu_threads, described, load_model, train
+from mcar_lib.status import StatusFile
 from mcar_lib.training import Execution, StreamScores, evaluate, processes
 
 NO_FILES = ("imagenet", "bundled", "none")  # starting weights that no path names
@@ -142,14 +144,15 @@ class Runs:
         processes.broadcast_from_main(self._check_places)
         keys = self.keys(config)
         run_id = run_id_of(config, keys)
-        outcome = self._place(run_id)
-        with outcome.locked():
+        outcome, status = self._place(run_id), self._status(run_id)
+        with outcome.locked(), contextlib.ExitStack() as followed:
             if found := self.find(config):  # another job may have finished it while this one waited
                 return found
+            followed.enter_context(status.following(config.label, run_id, self.profile.name))
             if self.verbose:
                 say(f"training {config.label} ({run_id})")
             started, memory, threads = time.monotonic(), PeakMemory(), self.profile.threads
-            mcar, state = train(self.splits, config, outcome, threads, self.execution)
+            mcar, state = train(self.splits, config, outcome, threads, self.execution, status.tell)
             names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "profile": self.profile.name}
             seconds = time.monotonic() - started
             measured = described(config, self.data(config), mcar, state, seconds, memory, threads)
@@ -160,6 +163,7 @@ class Runs:
             def keep() -> Record:
                 write_json(record.path, record.content)
                 outcome.remove_checkpoints()
+                status.finished(record.path, record.map() if record.is_scored else None)
                 return record
 
             return processes.broadcast_from_main(keep)
@@ -183,6 +187,16 @@ class Runs:
     def _place(self, run_id: str) -> Outcome:
         return Outcome(self.artifacts / "runs" / run_id)
 
+    def _status(self, run_id: str) -> StatusFile:
+        return StatusFile(self.artifacts / "runs" / run_id, writes=processes.is_main())
+
+    def mark_waiting(self, config: RunConfig) -> StatusFile:
+        """Says in its status that this session is going to train a run. Raises the errors of its data and weights."""
+        run_id = run_id_of(config, self.keys(config))
+        status = self._status(run_id)
+        status.waiting(config.label, run_id, self.profile.name)
+        return status
+
     def trained(self, config: RunConfig) -> Outcome:
         """A run's weights and scores. They are not committed: where they are not on this machine, it is trained."""
         self.run(config)
@@ -197,8 +211,12 @@ class Runs:
         return outcome
 
     def _train_again(self, config: RunConfig, outcome: Outcome) -> None:
-        train(self.splits, config, outcome, self.profile.threads, self.execution)
-        processes.broadcast_from_main(outcome.remove_checkpoints)
+        status = self._status(outcome.folder.name)
+        with status.following(config.label, outcome.folder.name, self.profile.name):
+            train(self.splits, config, outcome, self.profile.threads, self.execution, status.tell)
+            processes.broadcast_from_main(outcome.remove_checkpoints)
+            record = self.run(config)
+            status.finished(record.path, record.map() if record.is_scored else None)
 
     def trained_model(self, config: RunConfig, **changes: Value) -> MCAR:
         """The model of a run with its last weights, in evaluation mode; changes: num_regions, threshold, selection."""
