@@ -195,7 +195,7 @@ def test_a_grid_that_is_stopped_leaves_a_checkpoint_of_each_run(tmp_path: Path, 
         for each in (signal.SIGINT, signal.SIGTERM):  # a shell may have left them ignored
             signal.signal(each, signal.SIG_DFL)
 
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=handled) as process:  # noqa: PLW1509
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=handled) as process:
         wait_until(lambda: len(logs()) == 2)
         os.kill(process.pid, number)
         code = process.wait(timeout=120)

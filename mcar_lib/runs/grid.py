@@ -20,18 +20,19 @@ from typing import TextIO
 
 import torch
 
-from mcar_lib.errors import RESUMABLE, MCARError, Stopped, WeightsError
+from mcar_lib.errors import MCARError, Stopped, WeightsError
 from mcar_lib.progress import format_seconds, say
 from mcar_lib.runs.config import Profile, RunConfig
 from mcar_lib.runs.records import Failure, Record
 from mcar_lib.runs.runs import Runs
 from mcar_lib.status import StatusFile
 from mcar_lib.training import Execution
+from mcar_lib.training.stopping import stop_request
 
 MAX_AT_ONCE = 8  # each holds one to two GiB
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0  # the step that a run is in, and its checkpoint
-STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+STOPPED = "stopped; the same command goes on from its checkpoint"
 RESOURCE_TRACKER = "resource_tracker"  # joblib's and Python's own processes, which see to it that nothing is left over
 
 
@@ -109,9 +110,15 @@ def _train_all(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> Iterat
     tasks = (joblib.delayed(_train_in_worker)(*place, index, config) for index, config in enumerate(ready))
     left = dict(enumerate(ready))
     try:
-        with _workers_stop_first(), joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads):
+        with (
+            stop_request(_tell_workers) as request,
+            joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads),
+        ):
             for index, error in joblib.Parallel(at_once, return_as="generator_unordered")(tasks):
-                yield left.pop(index), error
+                if error != STOPPED:
+                    yield left.pop(index), error
+            if request.signal:
+                raise Stopped(request.signal, resumable=True)
     except TerminatedWorkerError:
         for config in left.values():
             yield config, "its process was killed (out of memory?); the same command goes on from its last checkpoint"
@@ -139,12 +146,15 @@ def _train_in_worker(
     config: RunConfig,
 ) -> tuple[int, str | None]:
     _end_with(parent)
+    if _stopped.is_set():
+        return index, STOPPED
     runs = _opened(profile.model_dump_json(), results, data_root, artifacts, execution)
     with contextlib.redirect_stdout(_Prefixed(sys.stdout, f"{config.label}: ")):
         try:
             return index, _attempt(runs, config)
-        except Stopped:  # with a checkpoint; this process has no further runs to train
-            os._exit(RESUMABLE)
+        except Stopped:  # with a checkpoint
+            _stopped.set()
+            return index, STOPPED
 
 
 @functools.lru_cache(maxsize=1)
@@ -153,49 +163,34 @@ def _opened(profile: str, results: Path, data_root: Path | None, artifacts: Path
     return Runs(Profile.model_validate_json(profile), results, data_root, artifacts, execution=execution)
 
 
+_stopped = threading.Event()  # in a worker: it was told to stop, and trains nothing more
+
+
 @functools.cache
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone, however it went: a run that it trains gets time for a
-    checkpoint."""
+    """Lets this process be told to stop while it trains nothing, and ends it when the one that started it is gone,
+    however it went: a run that it trains gets time for a checkpoint."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(SECONDS_TO_STOP)
+        _stopped.wait(SECONDS_TO_STOP)
         os._exit(1)
 
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: _stopped.set())
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _workers_stop_first() -> Iterator[None]:
-    """Meanwhile a signal that asks this process to end goes to its workers first, and they get time for checkpoints:
-    joblib would kill them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _tell_workers() -> None:
+    """Sends SIGTERM to the workers: they end their runs with a checkpoint."""
     import psutil  # ipykernel brings it
 
-    def stop(number: int, _: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        workers = [child for child in psutil.Process().children() if RESOURCE_TRACKER not in " ".join(child.cmdline())]
-        for worker in workers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                worker.terminate()
-        psutil.wait_procs(workers, timeout=SECONDS_TO_STOP)
-        raise Stopped(number, resumable=True)
-
-    numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
-    before = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) is not signal.SIG_IGN}
-    for each in before:
-        signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if RESOURCE_TRACKER not in " ".join(child.cmdline()):
+                child.terminate()
 
 
 class _Prefixed:

@@ -36,7 +36,7 @@ from mcar_lib.progress import Progress, format_seconds, say
 from mcar_lib.training import processes
 from mcar_lib.training.checkpoint import EpochResult, Fit, Position, Stateful, resume, save
 from mcar_lib.training.execution import Execution, Standing
-from mcar_lib.training.reader import Reader, num_workers
+from mcar_lib.training.reader import Reader, lost_worker_told, num_workers
 from mcar_lib.training.recipe import (
     EPOCH,
     EVALUATION,
@@ -98,6 +98,7 @@ def fit(
     check_groups(model, len(train), train.size, recipe)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     with (
+        lost_worker_told(),
         stop_request() as request,
         contextlib.closing(_Job(model, train, test, recipe, folder, execution, verbose, run, request, tell)) as job,
     ):
@@ -451,7 +452,7 @@ def evaluate(
     workers = num_workers(execution.workers, device)
     reader = Reader(functools.partial(_squares, test), workers, EVALUATION_BATCH * 3 * test.size**2, device)
     parts: list[tuple[int, StreamScores]] = []
-    with contextlib.closing(reader), Progress("testing", len(test), enabled=verbose) as progress:
+    with lost_worker_told(), contextlib.closing(reader), Progress("testing", len(test), enabled=verbose) as progress:
         for batch, (images,) in zip(own, reader.batches(own), strict=True):
             with _autocast(device, precision):
                 parts.append((batch.start, batch_scores(model, network_input(model, images))))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mcar_lib.errors import MCARError, TrainingError
 from mcar_lib.progress import say
 from mcar_lib.training import processes
+from mcar_lib.training.stopping import NAMES
 
 Batch = tuple[Tensor, ...]
 AHEAD = 2  # batches that each worker reads ahead
@@ -81,18 +82,25 @@ class Reader:
         self.tasks.of_now = tasks
         with _quiet():
             found = iter(self.loader)
-        try:
+        with lost_worker_told():
             for batch in found:
                 if isinstance(batch, MCARError):
                     raise batch
                 yield _taken(batch) if isinstance(batch, Path) else batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                "a process that reads photos was lost (out of memory, or killed); the same command goes on from the "
-                "last checkpoint; --workers 0 reads without such processes"
-            ) from error
+
+
+@contextlib.contextmanager
+def lost_worker_told() -> Iterator[None]:
+    """TrainingError in place of what torch raises, whatever is done at that moment, when a worker was lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            "a process that reads photos was lost (out of memory, or killed); the same command goes on from the last "
+            "checkpoint; --workers 0 reads without such processes"
+        ) from error
 
 
 def _quiet() -> contextlib.AbstractContextManager[object]:
@@ -155,7 +163,7 @@ def _has_room(needed: int) -> bool:
 
 
 def _start_worker(_: int) -> None:
-    """A worker ends with its loader; what stops the run is the main process's to handle."""
-    for each in (signal.SIGINT, *(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))):
-        signal.signal(each, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A worker ends with its loader; signals, which whole groups of processes get, are the main process's to handle."""
+    for name in NAMES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -21,10 +21,10 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Meanwhile a signal is noted; a second one, later, acts as it did before. Those that are ignored stay so.
+def stop_request(then: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+    """Meanwhile a signal is noted, and `then` called; a second one, later, acts as it did before.
 
-    Only the main thread can do that; elsewhere nothing is noted.
+    Those that are ignored stay so. Only the main thread can do that; elsewhere nothing is noted.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -37,11 +37,11 @@ def stop_request() -> Iterator[StopRequest]:
     def note(number: int, frame: Any) -> None:
         if not request.signal:
             request.signal, request.since = number, time.monotonic()
-            told = (
-                f"{signal.Signals(number).name}: after this step a checkpoint is written; once more: it ends at once\n"
-            )
+            told = "after this step a checkpoint is written; once more ends it at once"
             with contextlib.suppress(OSError):  # print may be what this interrupts
-                os.write(2, told.encode())
+                os.write(2, f"{signal.Signals(number).name}: {told}\n".encode())
+            if then is not None:
+                then()
         elif time.monotonic() - request.since > ONE_EVENT:
             _as_before(before[number], number, frame)
 
