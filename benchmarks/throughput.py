@@ -96,6 +96,7 @@ def build(backbone: str, compiled: bool, options: argparse.Namespace, device: to
     torch.manual_seed(0)
     torch.compiler.reset()
     model = build_mcar(backbone, CLASSES, "none", "gwp", options.regions)
+    model.recompute = options.recompute
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         model.features = torch.compile(model.features)  # type: ignore[assignment]
@@ -141,6 +142,7 @@ def report(options: argparse.Namespace) -> str:
         f"medians of {options.repeats} steps after {options.warmup + 1}. The backbone alone has {more} times as many "
         f"images a step; its rate counts {more} of them as one photo. Reading photos is not timed.",
         *(["torch.compile was not measured (--compile no)."] if options.compile == "no" else []),
+        *(["Activations of the pass over the crops are computed again (--recompute)."] if options.recompute else []),
         f"Device: {device}. {machine()}",
     ]
     if not torch.cuda.is_available():
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--regions", type=int, default=4, help="N (the paper: 4)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", choices=("both", "yes", "no"), default="both", help="of the backbone")
+    parser.add_argument("--recompute", action="store_true", help="activations of the crops: less memory, more time")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps a row")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, and one more")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number, if none")
