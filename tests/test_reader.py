@@ -234,16 +234,17 @@ def test_little_shared_memory_is_told_and_files_take_its_place(
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_a_cpu_that_trains_reads_by_itself_and_a_gpu_has_the_other_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_the_other_cores_to_decode_its_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    found = [num_workers(None, device) for device in (CPU, torch.device("cuda"))]
+    gpu = torch.device("cuda")
+    assert [num_workers(None, CPU, True), num_workers(None, gpu, True), num_workers(None, gpu, False)] == [0, 7, 0]
     monkeypatch.setattr(reader.processes, "num_local", lambda: 4)
-    assert [*found, num_workers(None, torch.device("cuda"))] == [0, 7, 1]
+    assert num_workers(None, gpu, True) == 1
 
 
 def test_more_workers_than_cores_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(2)))
-    assert num_workers(4, CPU) == 4
+    assert num_workers(4, CPU, False) == 4
     assert capsys.readouterr().out == "4 workers read photos and there are 2 cores: fewer are as fast\n"
 
 

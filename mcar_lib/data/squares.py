@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from mcar_lib.data.image_set import ImageSet, read_in_threads
 from mcar_lib.data.transforms import resize_square
@@ -54,9 +54,7 @@ class ResizedImages(Dataset[Tensor]):
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """uint8 (len(indices), 3, size, size)."""
-        squares = torch.empty((len(indices), *self._shape[1:]), dtype=torch.uint8)
-        for place, index in enumerate(indices):
-            squares[place] = self[index]
+        squares: Tensor = default_collate([self[index] for index in indices])  # a worker's is in shared memory
         return squares
 
     @property

@@ -13,7 +13,7 @@ CACHES: tuple[Cache, ...] = get_args(Cache)
 
 @dataclass(frozen=True)
 class Execution:
-    """workers: processes that read photos; None: as many as the cores allow, 0: this one.
+    """workers: processes that read photos; None: as many as the cores allow and are of use, 0: this one.
 
     cache: where photos are kept once they are resized; "auto": in memory up to 1 GiB, else on disk where there is room
     for twice as much, else nowhere. checkpoint_minutes: between two checkpoints within an epoch; there is one after

@@ -180,7 +180,7 @@ class _Job:
             self.wrapped = self.accelerator.prepare_model(model)
         self.forward = _autocast(self.device, recipe.precision)(self.wrapped.__call__)
         shard = recipe.batch_size // processes.num_processes()
-        workers = num_workers(execution.workers, self.device)
+        workers = num_workers(execution.workers, self.device, train.kept is None)
         self.reader = Reader(self.images.batch, workers, shard * 3 * train.size**2, self.device)
         model.recompute = execution.recompute
         self.state = resume(folder, recipe, model, self.parts, run)
@@ -449,7 +449,7 @@ def evaluate(
     seed_everything(model, seed, 0, EVALUATION)
     batches = [range(len(test))[first : first + EVALUATION_BATCH] for first in range(0, len(test), EVALUATION_BATCH)]
     own = batches[processes.rank() :: processes.num_processes()]
-    workers = num_workers(execution.workers, device)
+    workers = num_workers(execution.workers, device, test.kept is None)
     reader = Reader(functools.partial(_squares, test), workers, EVALUATION_BATCH * 3 * test.size**2, device)
     parts: list[tuple[int, StreamScores]] = []
     with lost_worker_told(), contextlib.closing(reader), Progress("testing", len(test), enabled=verbose) as progress:

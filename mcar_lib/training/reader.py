@@ -29,12 +29,14 @@ MOST_WORKERS = 16
 SHARED = Path("/dev/shm")  # where Linux keeps what processes share
 
 
-def num_workers(asked: int | None, device: torch.device) -> int:
-    """How many processes read: those that were asked for, else on a GPU one for each core that is left to this process,
-    another core feeding the GPU; on a CPU none, as its cores train."""
+def num_workers(asked: int | None, device: torch.device, decodes: bool) -> int:
+    """How many processes read: those that were asked for, else one for each core that is left to this process, another
+    core feeding the GPU. None where the cores train, and where photos need no decoding (see squares): this process then
+    reads them faster than others could hand them over (benchmarks/reader.md)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if asked is None:
-        return 0 if device.type == "cpu" else max(0, min(MOST_WORKERS, cores // processes.num_local() - 1))
+        spare = max(0, min(MOST_WORKERS, cores // processes.num_local() - 1))
+        return spare if decodes and device.type != "cpu" else 0
     if asked * processes.num_local() > cores:
         say(f"{asked * processes.num_local()} workers read photos and there are {cores} cores: fewer are as fast")
     return asked

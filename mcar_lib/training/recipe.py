@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch.utils.data import default_collate
 
 from mcar_lib.data.squares import ResizedImages
-from mcar_lib.data.transforms import crop_and_flip, sample_generator
+from mcar_lib.data.transforms import Colours, crop_and_flip, sample_generator
 from mcar_lib.errors import ConfigError, TrainingError
 from mcar_lib.model import MCAR, Output, fuse, mcar_loss
 from mcar_lib.training import processes
@@ -128,17 +129,13 @@ class TrainingImages:
     def batch(self, task: tuple[int, Sequence[int]]) -> TrainingBatch:
         """Those images of an epoch, cropped and flipped; task: (epoch, indices)."""
         epoch, indices = task
-        images = torch.empty((len(indices), 3, self.images.size, self.images.size), dtype=torch.uint8)
-        colours = []
-        for place, index in enumerate(indices):
-            generator = sample_generator(self.recipe.seed, epoch, index)
-            recipe = self.recipe
-            images[place], drawn = crop_and_flip(
-                self.images[index], generator, recipe.flip, recipe.jitter, recipe.crop_area
-            )
-            colours.append(drawn)
-        kinds, factors = (torch.stack(each) for each in zip(*colours, strict=True))
+        drawn = [self._drawn(epoch, index) for index in indices]
+        images, (kinds, factors) = default_collate(drawn)  # a worker's are in shared memory
         return TrainingBatch(images, self.targets[list(indices)], kinds, factors)
+
+    def _drawn(self, epoch: int, index: int) -> tuple[Tensor, Colours]:
+        recipe, generator = self.recipe, sample_generator(self.recipe.seed, epoch, index)
+        return crop_and_flip(self.images[index], generator, recipe.flip, recipe.jitter, recipe.crop_area)
 
 
 def seed_everything(model: MCAR, seed: int, epoch: int, stream: int) -> None:
