@@ -95,7 +95,7 @@ def timed(step: Callable[[], object], options: argparse.Namespace) -> Timed:
 def build(backbone: str, compiled: bool, options: argparse.Namespace, device: torch.device) -> MCAR:
     torch.manual_seed(0)
     torch.compiler.reset()
-    model = build_mcar(backbone, CLASSES, "none", "gwp", options.regions)
+    model = build_mcar(backbone, CLASSES, "none", pooling="gwp", num_regions=options.regions)
     model.recompute = options.recompute
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:

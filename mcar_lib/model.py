@@ -5,6 +5,7 @@ with K outputs; g, l global and local scores (B, K), here as logits; N regions a
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
@@ -218,11 +219,16 @@ def _recomputed(features: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.Sequential):
-        for part in module:
-            yield from _blocks(part)
-    else:
+    """The parts that follow one another. Layers between them stay together: one may work in place on what another has
+    made."""
+    if not isinstance(module, nn.Sequential):
         yield module
+        return
+    for are_layers, parts in itertools.groupby(module, key=lambda part: not any(part.children())):
+        if are_layers:
+            yield nn.Sequential(*parts)
+        else:
+            yield from (block for part in parts for block in _blocks(part))
 
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

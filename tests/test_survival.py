@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mcar_lib.data.squares import ResizedImages
 from mcar_lib.errors import RESUMABLE, ConfigError, Stopped
-from mcar_lib.model import MCAR
+from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.training import Execution, Fit, Recipe, Standing, evaluate, fit, loop, training_step
 from mcar_lib.training.stopping import stop_request
 
@@ -401,3 +401,16 @@ def test_a_step_reads_nothing_back_from_the_device_and_copies_no_number_there(ti
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "index.Tensor", "equal.default")
     assert len(watch.seen) > 100
     assert [name for name in watch.seen if any(f"aten.{each}" in name for each in waits)] == []
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet50", "efficientnet_lite0", "timm:resnet18"])
+def test_every_backbone_s_gradients_and_statistics_are_the_same_recomputed(backbone: str) -> None:
+    images, targets = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5)
+    kept, again = (build_mcar(backbone, 5, "none", seed=0, num_regions=2).train() for _ in range(2))
+    again.recompute = True
+    for made in (kept, again):
+        training_step(made, images, targets)
+    gradients = dict(again.named_parameters())
+    assert [k for k, value in kept.named_parameters() if not torch.equal(value.grad, gradients[k].grad)] == []  # type: ignore[arg-type]
+    buffers = dict(again.named_buffers())
+    assert [key for key, value in kept.named_buffers() if not torch.equal(value, buffers[key])] == []
