@@ -28,7 +28,7 @@ from mcar_lib.errors import (
 from mcar_lib.runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("reproduce", "publish", "report", "plan", "train", "status", "evaluate", "export", "submit", "data")
+COMMANDS = ("reproduce", "publish", "report", "plan", "train", "grid", "status", "evaluate", "export", "submit", "data")
 PROFILE = """
 name = "tiny"
 title = "one epoch on sixteen scenes"
@@ -101,7 +101,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_help_lists_the_commands_and_exit_codes() -> None:
     text = " ".join(mcar("--help").output.split())
     assert all(command in text for command in COMMANDS)
-    assert all(f"{code} " in text for code in (0, 1, 2, 3, 4, 5))
+    assert all(f"{code} " in text for code in (0, 1, 2, 3, 4, 5, 75))
     assert "129, 130, 143 stopped by" in text
 
 

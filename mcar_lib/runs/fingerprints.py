@@ -27,8 +27,8 @@ MESSAGES = ("say", "Progress")  # what calls of these are told computes nothing 
 # another fingerprint are not taken for today's. Who changes code without changing numbers names the value before here;
 # tests/test_fingerprints.py trains a committed run again to hold that to account.
 SAME_NUMBERS: dict[str, tuple[str, ...]] = {
-    # arithmetic_fingerprint: runs, evaluations. Before c52f, colour jitter could round single pixels to another level;
-    # no record that is kept here has any.
+    # arithmetic_fingerprint: runs, evaluations. With the former ones colour jitter rounds single pixels to another
+    # level; no record that is kept here has any.
     "5975d6de3e0b7a63": (
         *("a837d1ecbcce332c", "0e754be387261cfb", "0c043c259e1f200a", "8dee706c12bf52cb", "05748d78c8abe5e9", ""),
     ),

@@ -13,12 +13,12 @@ from mcar_lib.errors import ConfigError, as_markdown
 from mcar_lib.files import file_hash, made_folder, shipped, write_text
 from mcar_lib.runs.config import RunConfig, load_profile
 from mcar_lib.runs.environment import describe_environment
-from mcar_lib.runs.measures import LABEL_METRICS, STREAMS
+from mcar_lib.runs.measures import LABEL_METRICS, STREAMS, stream_metrics
 from mcar_lib.runs.plan import key_of, published_map
 from mcar_lib.runs.records import Record
 from mcar_lib.runs.splits import Splits
-from mcar_lib.runs.trainer import score_weights
-from mcar_lib.training import Execution, processes
+from mcar_lib.runs.trainer import load_checkpoint
+from mcar_lib.training import Execution, evaluate, processes
 
 RELEASE_BOUND = 0.1  # points: what is published is rounded to 0.1, and resizing and sums round otherwise here
 TRAINED_BOUND = 0.5  # points, a convention of this project: no source was found for how far seeds lie apart
@@ -178,10 +178,13 @@ def score_file(
     settings: Sequence[str],
     execution: Execution,
 ) -> Evaluated:
-    """What weights from a file come to (see score_weights). settings: those that their scores depend on."""
-    streams = score_weights(splits, config, path, release, about, execution)
+    """What weights from a file come to on a configuration's test split, which alone is read. settings: those that their
+    scores depend on. release, about: as for load_checkpoint."""
     root = splits.root_of(config.dataset)
     test = load_image_set(config.dataset, "test", root, config.scored_on, **config.data_options)
+    mcar, squares = load_checkpoint(config, test, path, release, about), splits.squares(test, config.image_size)
+    scores = evaluate(mcar, squares, config.precision, config.seed, splits.verbose, execution)
+    streams = stream_metrics(scores, test)
     values = config.model_dump(mode="json")
     return Evaluated(
         title=path.name,

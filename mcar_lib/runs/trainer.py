@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mcar_lib.data import ImageSet, load_image_set
+from mcar_lib.data import ImageSet
 from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.transforms import sample_generator
 from mcar_lib.errors import CheckpointError, ConfigError
@@ -18,7 +18,7 @@ from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import PeakMemory, describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
-from mcar_lib.runs.measures import count_macs, run_cost, run_metrics, stream_metrics
+from mcar_lib.runs.measures import count_macs, run_cost, run_metrics
 from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.splits import Data, Splits
 from mcar_lib.training import (
@@ -87,25 +87,6 @@ def load_checkpoint(
     if about is not None:
         mcar.mean, mcar.std = about["mean"], about["std"]
     return mcar
-
-
-def score_weights(
-    splits: Splits,
-    config: RunConfig,
-    path: Path,
-    release: bool = False,
-    about: Mapping[str, Any] | None = None,
-    execution: Execution = Execution(),  # noqa: B008  # frozen
-) -> dict[str, Any]:
-    """The metrics of weights from a file on a configuration's test split, which alone is read; as records have them.
-    about: as for load_checkpoint."""
-    test = load_image_set(
-        config.dataset, "test", splits.root_of(config.dataset), config.scored_on, **config.data_options
-    )
-    mcar = load_checkpoint(config, test, path, release, about)
-    squares = splits.squares(test, config.image_size)
-    scores = evaluate(mcar, squares, config.precision, config.seed, splits.verbose, execution)
-    return stream_metrics(scores, test)
 
 
 def train(
