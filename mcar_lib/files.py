@@ -93,14 +93,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises ResultsError if it cannot.
     """
-    write_text(path, json.dumps(_json(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
 
-def _json(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """What JSON can hold of a value: numbers that are none become null."""
     if isinstance(value, Mapping):
-        return {key: _json(each) for key, each in value.items()}
+        return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -83,13 +83,13 @@ class StatusFile:
         self._content: dict[str, Any] = {}
         self._written = -SECONDS_BETWEEN_WRITES
 
-    def waiting(self, label: str, run_id: str, profile: str) -> None:
-        """Says that this session is going to train it, where no other one does now."""
+    def waiting(self, label: str, run_id: str, profile: str, job: str = "") -> None:
+        """Says that this session, or that job of a cluster, is going to train it, where no other one does now."""
         if self.writes:
             with contextlib.suppress(OSError, NotImplementedError, Timeout):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with FileLock(self.folder / "lock", timeout=0):
-                    self._start("waiting", label, run_id, profile)
+                    self._start("waiting", label, run_id, profile, job)
 
     def running(self, label: str, run_id: str, profile: str) -> None:
         self._start("running", label, run_id, profile)
@@ -148,9 +148,10 @@ class StatusFile:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
-    def _start(self, state: State, label: str, run_id: str, profile: str) -> None:
-        self._content = {"label": label, "run_id": run_id, "profile": profile, "state": state}
-        self._content |= {"host": platform.node(), "pid": os.getpid(), "started": _now()}
+    def _start(self, state: State, label: str, run_id: str, profile: str, job: str = "") -> None:
+        self._content = {"label": label, "run_id": run_id, "profile": profile, "state": state, "started": _now()}
+        here = {"host": platform.node(), "pid": os.getpid()}
+        self._content |= {"reason": f"job {job} of the cluster; squeue tells of it"} if job else here
         self._write()
 
     def _end(self, state: State, **values: object) -> None:

@@ -18,6 +18,7 @@ from mcar_lib.errors import ConfigError, MCARError
 from mcar_lib.runs import Failure, Record, Runs, cluster, find_or_train
 from mcar_lib.runs.cluster import Resources, submit, wait
 from mcar_lib.runs.plan import NamedRun, named_runs
+from mcar_lib.status import all_runs
 
 submitit = pytest.importorskip("submitit")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -259,6 +260,13 @@ def test_slurm_gets_one_array_with_what_a_run_asks_for(tmp_path: Path, slurm: Pa
     ):
         assert f"#SBATCH --{option}" in told
     assert any(line.startswith("srun ") and "--cpus-per-task 6" in line for line in told)
+
+
+def test_what_was_handed_over_is_listed_as_waiting_for_its_job(tmp_path: Path, slurm: Path) -> None:
+    hand_over(tmp_path)
+    runs, _ = opened(tmp_path)
+    found = all_runs(runs.artifacts, runs.local)
+    assert [(each.state, str(each.reason)[:7]) for each in found] == [("waiting", "job 7_0"), ("waiting", "job 7_1")]
 
 
 def test_a_job_that_slurm_no_longer_knows_is_started_anew(tmp_path: Path, slurm: Path) -> None:

@@ -154,6 +154,12 @@ def test_a_run_waits_only_as_long_as_its_session_lives(file: StatusFile, tmp_pat
     assert the_run(tmp_path).state == "stopped"
 
 
+def test_a_run_that_was_handed_to_a_cluster_waits_for_its_job(file: StatusFile, tmp_path: Path) -> None:
+    file.waiting(*NAMES, job="7_1")
+    found = the_run(tmp_path)
+    assert (found.state, found.pid, found.reason) == ("waiting", None, "job 7_1 of the cluster; squeue tells of it")
+
+
 def test_a_run_killed_after_its_record_was_written_is_finished(file: StatusFile, tmp_path: Path) -> None:
     file.running(*NAMES)
     path = write_record(tmp_path / "results")

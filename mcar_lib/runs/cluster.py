@@ -79,6 +79,9 @@ def submit(
                 raise ConfigError(f"Slurm does not take these jobs: {' '.join(str(error).split())}") from error
             jobs |= {_key(runs, each): job.job_id for each, job in zip(new, started, strict=True)}
             write_json(noted, jobs)
+            for each in new:
+                with contextlib.suppress(MCARError):  # which its job will tell
+                    runs.mark_waiting(each.config, jobs[_key(runs, each)])
     for each in asked:
         job = f"job {jobs[_key(runs, each)]}" if each in missing else "has a record"
         say(f"{each.name}: {job}{'' if each in new or each not in missing else ', which still waits or runs'}")

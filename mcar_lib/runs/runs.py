@@ -190,11 +190,12 @@ class Runs:
     def _status(self, run_id: str) -> StatusFile:
         return StatusFile(self.artifacts / "runs" / run_id, writes=processes.is_main())
 
-    def mark_waiting(self, config: RunConfig) -> StatusFile:
-        """Says in its status that this session is going to train a run. Raises the errors of its data and weights."""
+    def mark_waiting(self, config: RunConfig, job: str = "") -> StatusFile:
+        """Says in its status that this session, or that job of a cluster, is going to train a run. Raises the errors of
+        its data and weights."""
         run_id = run_id_of(config, self.keys(config))
         status = self._status(run_id)
-        status.waiting(config.label, run_id, self.profile.name)
+        status.waiting(config.label, run_id, self.profile.name, job)
         return status
 
     def trained(self, config: RunConfig) -> Outcome:

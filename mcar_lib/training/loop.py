@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.transforms import jitter_colours, network_input
 from mcar_lib.errors import ConfigError, Stopped
-from mcar_lib.files import OTHER_ARTIFACTS, write_bytes
+from mcar_lib.files import OTHER_ARTIFACTS, without_nan, write_bytes
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, format_seconds, say
@@ -290,16 +290,18 @@ class _Job:
         except torch.OutOfMemoryError:
             if self.model.recompute:
                 raise
-            self.model.recompute = True
-            say("the GPU has too little memory to keep all activations: the backward pass computes some again")
-            for each, before in zip(self.model.buffers(), buffers, strict=True):
-                each.copy_(before)
-            _set_random_states(self.model, self.device, random)
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            parts = compute()
-        self.fits = True
-        return parts
+        else:
+            self.fits = True
+            return parts
+        # Not in the except clause: there the error keeps alive what the first attempt has taken.
+        say("the GPU has too little memory to keep all activations: the backward pass computes some again")
+        self.model.recompute = True
+        for each, before in zip(self.model.buffers(), buffers, strict=True):
+            each.copy_(before)
+        _set_random_states(self.model, self.device, random)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return self.first_that_fits(compute)
 
     # What a run writes down ------------------------------------------------------------------------------------------
 
@@ -345,7 +347,7 @@ class _Job:
         history = self.state.history
         rates = [len(self.images) / max(each.train_seconds, 1e-9) for each in history]
         lines = [{**asdict(each), "images_per_second": rate} for each, rate in zip(history, rates, strict=True)]
-        log = "".join(f"{json.dumps(line)}\n" for line in lines)
+        log = "".join(f"{json.dumps(without_nan(line))}\n" for line in lines)
         processes.broadcast_from_main(lambda: write_bytes(self.folder / LOG, log.encode(), advice=OTHER_ARTIFACTS))
         if self.execution.trackers:
             scalars = {name: value for name, value in lines[-1].items() if value is not None and name != "epoch"}
