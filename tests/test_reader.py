@@ -1,8 +1,10 @@
 """Photos are read ahead by workers, from memory, disk or their files: always the same bits, and faults are told."""
 
+import contextlib
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -165,8 +167,8 @@ def read_by(images: ImageSet) -> Callable[[int], Iterator[tuple[Tensor, ...]]]:
 
     def read(workers: int) -> Iterator[tuple[Tensor, ...]]:
         source = Reader(Batches(ResizedImages(images, 64, 0)), workers, 4 * 3 * 64 * 64, CPU)
-        yield from source.batches([range(first, first + 4) for first in range(0, len(images), 4)])
-        source.close()
+        with contextlib.closing(source):
+            yield from source.batches([range(first, first + 4) for first in range(0, len(images), 4)])
 
     return read
 
@@ -214,6 +216,20 @@ def test_a_worker_that_is_killed_is_one_sentence(read_by: Callable[..., Iterator
     os.kill(int(process), signal.SIGKILL)
     with pytest.raises(TrainingError, match=r"a process that reads photos was lost .* from the last checkpoint"):
         list(batches)
+
+
+@pytest.mark.timeout(60)
+def test_a_reader_that_lost_a_worker_is_closed_whatever_lock_is_held(images: ImageSet) -> None:
+    source = Reader(Batches(ResizedImages(images, 64)), 2, 1, CPU)
+    batches = source.batches([range(3)] * 20)
+    workers = [int(next(batches)[1]) for _ in range(2)]
+    os.kill(workers[0], signal.SIGKILL)
+    with pytest.raises(TrainingError, match="was lost"):
+        list(batches)
+    # As where the loss is told in the middle of looking at the event, or where the worker was looking at it.
+    source.loader._iterator._workers_done_event._cond.acquire()  # type: ignore[union-attr]
+    source.close()
+    assert not any(multiprocessing.active_children())
 
 
 def test_little_shared_memory_is_told_and_files_take_its_place(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from mcar_lib.errors import MCARError, TrainingError
 from mcar_lib.progress import say
@@ -74,6 +75,9 @@ class Reader:
 
     def close(self) -> None:
         """Ends the workers."""
+        iterator: Any = getattr(self.loader, "_iterator", None)  # of persistent workers
+        if iterator is not None and not all(worker.is_alive() for worker in iterator._workers):
+            _abandon(iterator)
         del self.loader
         if self.folder:
             self.folder.cleanup()
@@ -103,6 +107,19 @@ def lost_worker_told() -> Iterator[None]:
             "a process that reads photos was lost (out of memory, or killed); the same command goes on from the last "
             "checkpoint; --workers 0 reads without such processes"
         ) from error
+
+
+def _abandon(iterator: Any) -> None:
+    """Ends the workers of an iterator that has lost one in place of torch's own clean-up (names of torch 2.11 to 2.14),
+    which would wait for ever where a lock was held at that moment."""
+    iterator._shutdown = True
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    for worker, queue in zip(iterator._workers, iterator._index_queues, strict=True):
+        worker.kill()
+        worker.join()
+        queue.cancel_join_thread()
 
 
 def _quiet() -> contextlib.AbstractContextManager[object]:
