@@ -28,7 +28,7 @@ from mcar_lib.figures import photos_figure
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.released import METADATA, ReleasedModel, card_text, export_run, load_released
-from mcar_lib.runs import Profile, RunConfig, Runs, comparisons, read_records
+from mcar_lib.runs import Profile, RunConfig, Runs, comparisons, make_config, read_records
 from mcar_lib.weights import Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -376,7 +376,7 @@ def test_a_committed_model_is_small_and_belongs_to_a_committed_run(path: Path) -
     (record,) = (each for each in read_records(runs.folder) if each.run_id == about["run_id"])
     chosen = {name: about["config"][name] for name in ("num_regions", "threshold")}
     assert about["run_mAP"] == comparisons.tested(runs, record, **chosen).map()
-    assert about["config"] == record.config.vary(**chosen).model_dump(mode="json")
+    assert make_config(about["config"]) == record.config.vary(**chosen)  # the file may lack options that came later
     assert about["mAP"] == pytest.approx(about["run_mAP"], abs=0.01)  # rounding moves the sides of regions
 
 

@@ -1,5 +1,6 @@
 """The images of runs: both splits of a data set, checked and read once a session, and what their bytes hash to."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ class Splits:
             limit = {"memory": needed, "none": 0}.get(self.cache, MEMORY_LIMIT)
             with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:
                 file = folder / f"{self._id_of_squares(images, size)}.u8" if on_disk else None
-                self._squares[key] = ResizedImages(images, size, limit, progress.update, file)
+                make = functools.partial(ResizedImages, images, size, limit, progress.update, file)
+                self._squares[key] = processes.main_first(make) if on_disk else make()  # one writes the file
         return self._squares[key]
 
     def _id_of_squares(self, images: ImageSet, size: int) -> str:
