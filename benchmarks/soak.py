@@ -56,6 +56,7 @@ CHECKPOINT_MINUTES = 0.002
 TRAINING = "training scenes-"  # a line of the log says so
 NOTED = "after this step a checkpoint is written"  # another, once a signal is to end the training
 WRONG = "WRONG:"
+ENOUGH_ROUNDS = 10  # for some signal to find a run training
 LONGEST = 300.0  # seconds that a command may take
 
 
@@ -247,7 +248,7 @@ def main() -> None:
         for end, count in sorted(ends.items()):
             print(f"{count} times: {end}")
         wrong = sum(count for end, count in ends.items() if end.startswith(WRONG))
-        untried = asked.rounds > 0 and not any(end.startswith(str(RESUMABLE)) for end in ends)
+        untried = asked.rounds >= ENOUGH_ROUNDS and not any(end.startswith(str(RESUMABLE)) for end in ends)
         if untried:
             print("no signal found it training: give more --rounds, or another --seed")
         print(

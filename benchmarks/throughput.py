@@ -35,6 +35,7 @@ OF_THE_PAPER = (
     *("mobilenet_v2:256", "resnet50:256", "resnet101:256"),
     *("mobilenet_v2:448", "resnet50:448", "resnet101:448", "resnet101:576"),
 )
+RECOMPUTED = "training, activations of the crops computed again"
 GPU_COMMAND = "python benchmarks/throughput.py --write benchmarks/throughput.md"
 COLUMNS = (
     *("backbone", "px", "compiled", "what", "MCAR images/s", "backbone alone, images/s", "MCAR takes"),
@@ -75,7 +76,7 @@ def inference(model: MCAR, images: torch.Tensor, precision: str) -> Callable[[],
     return step
 
 
-JOBS = {"training": training, "inference": inference}
+JOBS = {"training": training, RECOMPUTED: training, "inference": inference}
 
 
 def timed(step: Callable[[], object], options: argparse.Namespace) -> Timed:
@@ -96,7 +97,6 @@ def build(backbone: str, compiled: bool, options: argparse.Namespace, device: to
     torch.manual_seed(0)
     torch.compiler.reset()
     model = build_mcar(backbone, CLASSES, "none", pooling="gwp", num_regions=options.regions)
-    model.recompute = options.recompute
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         model.features = torch.compile(model.features)  # type: ignore[assignment]
@@ -111,7 +111,7 @@ def measure(name: str, compiled: bool, what: str, options: argparse.Namespace) -
     try:
         for local_stream, times in ((True, 1), (False, options.regions + 1)):
             model = build(backbone, compiled, options, device)
-            model.local_stream = local_stream
+            model.local_stream, model.recompute = local_stream, what == RECOMPUTED
             shape = (times * options.batch, 3, int(size), int(size))
             images = torch.randint(256, shape, dtype=torch.uint8, device=device)
             found.append(timed(JOBS[what](model, images, options.precision), options))
@@ -142,7 +142,6 @@ def report(options: argparse.Namespace) -> str:
         f"medians of {options.repeats} steps after {options.warmup + 1}. The backbone alone has {more} times as many "
         f"images a step; its rate counts {more} of them as one photo. Reading photos is not timed.",
         *(["torch.compile was not measured (--compile no)."] if options.compile == "no" else []),
-        *(["Activations of the pass over the crops are computed again (--recompute)."] if options.recompute else []),
         f"Device: {device}. {machine()}",
     ]
     if not torch.cuda.is_available():
@@ -160,7 +159,6 @@ def main() -> None:
     parser.add_argument("--regions", type=int, default=4, help="N (the paper: 4)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", choices=("both", "yes", "no"), default="both", help="of the backbone")
-    parser.add_argument("--recompute", action="store_true", help="activations of the crops: less memory, more time")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps a row")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, and one more")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number, if none")

@@ -68,7 +68,7 @@ class Status(BaseModel):
             "images/s": f"{self.images_per_second:.0f}" if goes and self.images_per_second is not None else None,
             "time left": format_seconds(self.seconds_left) if goes and self.seconds_left is not None else None,
             "mAP %": None if self.last_map is None else f"{100 * self.last_map:.1f}",
-            "what": self.reason or self.record,
+            "what": self.reason or (self.record and os.path.relpath(self.record)),
         }
 
 
