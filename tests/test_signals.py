@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from mcar_lib import runs
 from mcar_lib.cli import app
-from mcar_lib.errors import ConfigError
+from mcar_lib.errors import ConfigError, Stopped
 
 GOES_ON = "the same command goes on from here"
 
@@ -87,3 +87,13 @@ def test_a_command_leaves_the_handlers_as_they_were(during_a_command: Callable[.
     before = [signal.getsignal(each) for each in stops]
     during_a_command(send(signal.SIGTERM))
     assert [signal.getsignal(each) for each in stops] == before
+
+
+def test_training_that_left_a_checkpoint_ends_with_the_code_of_a_temporary_failure(
+    during_a_command: Callable[..., Result],
+) -> None:
+    def happening() -> None:
+        raise Stopped(signal.SIGTERM, resumable=True)
+
+    done = during_a_command(happening)
+    assert (done.exit_code, done.stderr) == (os.EX_TEMPFAIL, f"stopped by SIGTERM; {GOES_ON}\n")
