@@ -562,7 +562,7 @@ def submit(
     images = load_voc(runs.splits.root_of(dataset), "2012", "test", labelled=False)
     mcar = load_checkpoint(config, images, checkpoint or _trained_weights(runs, config, look=False), release, about)
     runs.splits.check(images)
-    squares = runs.splits.squares(images, config.image_size)
+    squares = runs.splits.squares(images, config.image_size, once=True)
     scores = evaluate(mcar, squares, config.precision, config.seed, execution=runs.execution)
     path = write_voc2012_submission(output, images.ids, images.classes, scores.fused)
     typer.echo(f"{path}: {images.title}, {len(images):,} images, {len(images.classes)} classes")

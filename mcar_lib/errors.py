@@ -51,6 +51,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(number, resumable)  # so that it can be pickled
         self.signal, self.resumable = signal.Signals(number), resumable
 
+    def __str__(self) -> str:
+        return self.signal.name + (", after a checkpoint; the same again goes on from it" if self.resumable else "")
+
 
 def reason_of(error: Exception) -> str:
     """What another library's error says, in one line of at most 200 characters; its kind where it says nothing."""

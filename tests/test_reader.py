@@ -149,6 +149,15 @@ def test_many_photos_are_kept_on_disk_where_there_is_room(
     assert (squares.file is not None, squares.kept is not None) == (free, free)
 
 
+def test_photos_that_are_looked_at_once_are_not_written(
+    open_runs: Callable[..., Runs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcar_lib.runs.splits.MEMORY_LIMIT", 100)
+    runs = open_runs()
+    squares = runs.splits.squares(runs.data().test, 64, once=True)
+    assert (squares.file, squares.kept) == (None, None)
+
+
 def test_other_photos_have_another_file(open_runs: Callable[..., Runs]) -> None:
     runs = open_runs(execution=Execution(cache="disk"))
     photos = runs.data().train

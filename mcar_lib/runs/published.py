@@ -182,7 +182,10 @@ def score_file(
     scores depend on. release, about: as for load_checkpoint."""
     root = splits.root_of(config.dataset)
     test = load_image_set(config.dataset, "test", root, config.scored_on, **config.data_options)
-    mcar, squares = load_checkpoint(config, test, path, release, about), splits.squares(test, config.image_size)
+    mcar, squares = (
+        load_checkpoint(config, test, path, release, about),
+        splits.squares(test, config.image_size, once=True),
+    )
     scores = evaluate(mcar, squares, config.precision, config.seed, splits.verbose, execution)
     streams = stream_metrics(scores, test)
     values = config.model_dump(mode="json")

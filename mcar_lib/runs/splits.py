@@ -110,13 +110,13 @@ class Splits:
         with Progress(f"checking {images.title}", len(images), enabled=self.verbose) as progress:
             return check_images(images, None if again else self.notes, progress.update)
 
-    def squares(self, images: ImageSet, size: int) -> ResizedImages:
+    def squares(self, images: ImageSet, size: int, once: bool = False) -> ResizedImages:
         """The images of a split as squares, read once a session, or once and for all where they are kept on disk: by
-        default if they are too many for memory and few for the disk."""
+        default if they are too many for memory, few for the disk, and not looked at only once."""
         key = (images, size)
         if key not in self._squares:
             needed, folder = num_bytes(images, size), self.artifacts / "squares"
-            large = needed > MEMORY_LIMIT and fits_on_disk(folder, needed)
+            large = needed > MEMORY_LIMIT and not once and fits_on_disk(folder, needed)
             on_disk = self.cache == "disk" or (self.cache == "auto" and large)
             limit = {"memory": needed, "none": 0}.get(self.cache, MEMORY_LIMIT)
             with Progress(f"reading {images.title} at {size} px", len(images), enabled=self.verbose) as progress:

@@ -106,7 +106,8 @@ def train(
         )
     mcar = processes.main_first(lambda: build_model(config, len(data.train.classes)))  # may be a download
     squares = splits.squares(data.train, config.image_size)
-    test = None if data.scored is None else splits.squares(data.scored, config.image_size)
+    at_the_end_only = config.evaluate_every >= config.epochs
+    test = None if data.scored is None else splits.squares(data.scored, config.image_size, at_the_end_only)
     with cpu_threads(threads):
         run = outcome.folder.name
         state = fit(mcar, squares, test, config, outcome.folder, execution, splits.verbose, run, tell)
