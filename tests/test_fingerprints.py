@@ -204,7 +204,7 @@ NUMBERS = {
     "seed of the model": ("runs.trainer", "sample_generator(config.seed, 0,", "sample_generator(config.seed, 1,"),
     "values of the model": ("runs.trainer", "threshold=config.threshold", "threshold=0.5"),
     "images of the training": ("runs.trainer", "fit(mcar, squares, test,", "fit(mcar, test, test,"),
-    "size of images": ("runs.splits", "ResizedImages(images, size,", "ResizedImages(images, size // 2,"),
+    "size of images": ("runs.splits", "(ResizedImages, images, size,", "(ResizedImages, images, size // 2,"),
     "metrics of the last epoch": (
         "runs.measures",
         "stream_metrics(state.last, test)",
