@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.squares import ResizedImages
-from mcar_lib.data.transforms import augment, normalise, resize_square, sample_generator
+from mcar_lib.data.transforms import crop_and_flip, jitter_colours, normalise, resize_square, sample_generator
 
 # Computed apart from the library: sha256sum of "0/0/0" and "7/59/5010", its first 8 bytes halved.
 GOLDEN_SEEDS = [3051931488724851722, 2739853573439836556]
@@ -32,6 +32,12 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def augment(image: Tensor, generator: torch.Generator, flip: bool = True, jitter: float = 0.3) -> Tensor:
+    """One image (3, S, S) as training has it."""
+    image, colours = crop_and_flip(image, generator, flip, jitter)
+    return image if jitter == 0 else jitter_colours(image[None], *(each[None] for each in colours))[0]
 
 
 def largest_difference(one: Tensor, other: Tensor) -> int:

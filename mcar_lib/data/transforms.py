@@ -23,17 +23,6 @@ def resize_square(image: Tensor, size: int) -> Tensor:
     return functional.resize(image, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
-def augment(
-    image: Tensor, generator: torch.Generator, flip: bool = True, jitter: float = 0.3, crop_area: float = 1.0
-) -> Tensor:
-    """Random horizontal flip (p = 0.5), colour jitter and random resized crop of one training image.
-
-    image: uint8 (3, S, S) -> uint8 (3, S, S); see crop_and_flip and jitter_colours, by which training does it.
-    """
-    image, colours = crop_and_flip(image, generator, flip, jitter, crop_area)
-    return image if jitter == 0 else jitter_colours(image[None], *(each[None] for each in colours))[0]
-
-
 class Colours(NamedTuple):
     """What the jitter of one image is to be: its three kinds in order, int64 (3,), and the factor of each, (3,)."""
 
