@@ -52,26 +52,21 @@ class Reader:
 
     def __init__(self, read: Callable[[Any], Batch], workers: int, num_bytes: int, device: torch.device) -> None:
         self.tasks = _Tasks()
-        self.workers = workers
         # Each is in shared memory when it is read ahead, when it waits for its turn, and when it is used.
         room = (workers * AHEAD + 2) * num_bytes
         self.folder = tempfile.TemporaryDirectory(prefix="mcar-") if workers and not _has_room(room) else None
         with _quiet():
-            self.loader = self._loader(read, device)
-
-    def _loader(self, read: Callable[[Any], Batch], device: torch.device) -> DataLoader[Any]:
-        workers = self.workers
-        return DataLoader(
-            _Source(read, Path(self.folder.name) if self.folder else None),
-            batch_size=None,
-            sampler=self.tasks,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=AHEAD if workers else None,
-            persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # else it would draw from torch's own
-        )
+            self.loader: DataLoader[Any] = DataLoader(
+                _Source(read, Path(self.folder.name) if self.folder else None),
+                batch_size=None,
+                sampler=self.tasks,
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+                prefetch_factor=AHEAD if workers else None,
+                persistent_workers=workers > 0,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # else it would draw from torch's own
+            )
 
     def close(self) -> None:
         """Ends the workers."""
@@ -122,14 +117,14 @@ def _abandon(iterator: Any) -> None:
         queue.cancel_join_thread()
 
 
-def _quiet() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Without the warnings of too many workers, which num_workers has told of, and of a fork with threads, which the
     workers do not use."""
-    quiet = contextlib.ExitStack()
-    quiet.enter_context(warnings.catch_warnings())
-    for message in ("This DataLoader will create", "This process .* is multi-threaded"):
-        warnings.filterwarnings("ignore", message=message)
-    return quiet
+    with warnings.catch_warnings():
+        for message in ("This DataLoader will create", "This process .* is multi-threaded"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 class _Tasks:
