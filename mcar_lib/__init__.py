@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 
 def load(name_or_path: str | Path) -> "ReleasedModel":
-    """A trained model with its classes and its input size: by the name of one that we ship, or from a .safetensors
-    file.
+    """A trained model with its classes and its input size: by the name of one that we ship, from a .safetensors file,
+    or by the id of a run that was trained here. Called with a photo, or several, it says what is on them.
 
     Raises WeightsError if there is no such model.
     """

@@ -5,6 +5,7 @@ help needs no torch.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import inspect
@@ -535,6 +536,81 @@ def export(
     write_text(output.with_suffix(".md"), card_text(output.stem, about, load))
     size = output.stat().st_size / 1e6
     typer.echo(f"{output}: {size:.1f} MB, mAP {percent(about['mAP'])} (run: {percent(about['run_mAP'])})")
+
+
+@app.command()
+def predict(
+    photos: Annotated[list[str], typer.Argument(metavar="PHOTO|FOLDER...", help="Photos, or folders of them.")],
+    model: Annotated[
+        str, typer.Option(help="One that comes along, a .safetensors file of mcar export, or the id of a run.")
+    ] = "voc-photos",
+    pictures: Annotated[
+        Path | None, typer.Option(**PATH, help="A folder for the photos with boxes, classes and scores drawn on them.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array: labels, boxes, the scores of all.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A row for each label: photo, label, score, box.")] = False,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The score of a label; by default the model's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Photos that are looked at together.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU where there is one.")] = None,
+    results: ResultsFolder = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Say what is on photos, and where: the classes whose score reaches the model's threshold.
+
+    Boxes are x1 y1 x2 y2 in pixels of the photo, upright. Files that are no photos are listed at the end, with exit
+    code 3; all others are done."""
+    from mcar_lib.data.photo_files import find_photos, picture_paths
+    from mcar_lib.files import made_folder
+    from mcar_lib.progress import Progress
+    from mcar_lib.released import load_released
+
+    if as_json and as_csv:
+        raise typer.BadParameter("--json and --csv: choose one of them")
+    files = find_photos(photos)
+    drawn = picture_paths(files, made_folder(pictures, "choose another --pictures folder")) if pictures else []
+    released = load_released(model, results, artifacts).on(device)
+    told, failed = list[dict[str, Any]](), list[DataError]()
+    with Progress("photos", len(files)) as bar:
+        for index, found in enumerate(released.each(files, threshold, batch_size)):
+            bar.advance()
+            if isinstance(found, DataError):
+                failed.append(found)
+                continue
+            told.append(found.as_dict())  # not the photo: there may be thousands
+            if drawn:
+                found.picture().save(drawn[index], quality=92)
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    elif as_csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([LABEL_COLUMNS, *_label_rows(told)])
+    elif told:
+        typer.echo(f"{model}: {len(released.classes)} classes; a label from {told[0]['threshold']:g}")
+        _print_table(
+            ["photo", "label", "score %", "box x1 y1 x2 y2"],
+            [
+                [photo, label or "none", 100 * score if label else None, " ".join(map(str, box)) or None]
+                for photo, label, score, *box in _label_rows(told)
+            ],
+        )
+    for each in told:
+        for note in each["notes"]:
+            typer.echo(printable(f"{each['photo']}: {note}"), err=True)
+    for error in failed:
+        typer.echo(f"not read: {printable(str(error))}", err=True)
+    if failed:
+        raise typer.Exit(EXIT_CODES[DataError])
+
+
+LABEL_COLUMNS = ("photo", "label", "score", "x1", "y1", "x2", "y2")
+
+
+def _label_rows(told: Iterable[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """A row for each label of each photo, without a box where there is none; one of a photo without labels is empty."""
+    for each in told:
+        for label in each["labels"] or [{"label": "", "score": "", "box": None}]:
+            yield [each["photo"], label["label"], label["score"], *(label["box"] or ())]
 
 
 @app.command()

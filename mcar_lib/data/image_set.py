@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 # By way of RGBA a transparent palette entry keeps its colour; the others convert to nothing else.
 BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"heif")
@@ -50,6 +52,8 @@ UNSUPPORTED = {
     rb"(?i)\s*<(!doctype html|html)": "a web page",
 }
 KNOWN_STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# A photo above Pillow's own limit is read at reduced size, one above LARGEST not at all: 4 bytes a pixel in memory.
+REDUCED_SIDE, LARGEST = 4096, 500_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,15 @@ class Boxes:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+
+class PhotoRead(NamedTuple):
+    """A photo as read_image reads it, pixels uint8 (3, H, W), and the width and height of the whole: larger where it
+    was read at reduced size. is_first_frame: whether its file has more."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+    is_first_frame: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,21 +199,29 @@ def read_image(photo: Photo, upright: bool = False) -> Tensor:
     The EXIF orientation is deliberately not applied to VOC, COCO and scenes: their boxes refer to the pixels as
     stored, and the release reads them so. `upright` applies it, for photos of one's own (a table has no boxes): a
     phone stores the sensor's pixels, and a photo held sideways would be seen lying on its side.
+    Of a file with several frames the first is taken. One above Pillow's limit (179 million pixels) is read at a reduced
+    size of at least 4096 pixels along its longer side.
     Raises DataError when a file is missing, broken, too large or of a format or depth that is not read (more than 16
     bits, floats), and for arrays of any other shape, type or range.
     """
+    return read_photo(photo, upright).pixels
+
+
+def read_photo(photo: Photo, upright: bool = True) -> PhotoRead:
+    """As read_image, with what a reader of the photo may want to know of it."""
     if isinstance(photo, str | os.PathLike):
         path = Path(photo)
-        return decode_image(read_content(path), path, upright)
+        return _decode(read_content(path), path, upright)
     if isinstance(photo, Image.Image):
         try:
-            return _pixels(photo, upright)
+            return _as_read(photo, upright)
         except DataError:
             raise
         except Exception as error:  # it may still have to be decoded
             raise DataError(f"the PIL image cannot be decoded ({_reason(error)}); open it again") from error
     if isinstance(photo, np.ndarray | Tensor):
-        return _pixels_of_array(photo)
+        pixels = _pixels_of_array(photo)
+        return PhotoRead(pixels, (pixels.shape[2], pixels.shape[1]))
     raise DataError(f"a photo is a path, a PIL image, a NumPy array or a tensor, found {type(photo).__name__}")
 
 
@@ -222,16 +243,19 @@ def read_content(path: Path) -> bytes:
 
 def decode_image(content: bytes, path: Path, upright: bool = False) -> Tensor:
     """Decode the bytes of the image file `path` (named in errors) as `read_image` does."""
+    return _decode(content, path, upright).pixels
+
+
+def _decode(content: bytes, path: Path, upright: bool) -> PhotoRead:
     try:
-        with _opened(content) as image:
-            return _pixels(image, upright)
+        try:
+            image = _opened(content)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            image = _opened_large(content)
+        with image:
+            return _as_read(image, upright)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        found, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
-        raise DataError(
-            f"{path}: too large ({found:.1f} million pixels, the limit is {limit:.1f} million); make it smaller"
-        ) from error
     except Exception as error:  # a broken file makes Pillow raise almost anything, even struct.error
         raise DataError(f"{path}: not a complete image file ({_reason(error)}); fetch it again") from error
 
@@ -254,6 +278,19 @@ def _opened(content: bytes) -> Image.Image:
         raise
 
 
+def _opened_large(content: bytes) -> Image.Image:
+    """As Pillow opens it, without its limit, which is one for the whole program."""
+    for factory, accepts in Image.OPEN.values():
+        if not accepts or accepts(content[:16]) is True:
+            with contextlib.suppress(SyntaxError):  # so Pillow's readers say that it is of another format
+                image = factory(io.BytesIO(content), "")
+                if math.prod(image.size) <= LARGEST:
+                    return image
+                found, limit = math.prod(image.size) / 1e6, LARGEST / 1e6
+                raise DataError(f"too large ({found:.0f} million pixels, the limit is {limit:.0f}); make it smaller")
+    raise UnidentifiedImageError
+
+
 def _is_heic(content: bytes) -> bool:
     brand = content[8:12]
     if content[4:8] != b"ftyp" or brand in (b"avif", b"avis"):
@@ -268,11 +305,25 @@ def _reason(error: Exception) -> str:
     return reason_of(error)
 
 
-def _pixels(image: Image.Image, upright: bool) -> Tensor:
+def _as_read(image: Image.Image, upright: bool) -> PhotoRead:
+    size, is_first_frame = image.size, _has_more_frames(image)
+    is_large = Image.MAX_IMAGE_PIXELS is not None and math.prod(size) > 2 * Image.MAX_IMAGE_PIXELS
+    if is_large and max(size) > REDUCED_SIDE:
+        image.draft("RGB", (REDUCED_SIDE, REDUCED_SIDE))  # JPEG's decoder halves it as often as that allows
     image.load()  # some formats have the orientation behind the pixels
     turn = _turn(image) if upright else None
-    pixels = np.array(_to_rgb(image if turn is None else image.transpose(turn)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    if is_large and (factor := max(image.size) // REDUCED_SIDE) > 1:
+        image = (image if image.mode in ("L", "RGB") else _to_rgb(image)).reduce(factor)
+    image = image if turn is None else image.transpose(turn)
+    pixels = torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1).contiguous()
+    return PhotoRead(pixels, size[::-1] if turn in SIDEWAYS else size, is_first_frame)
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # the frames behind the first may be damaged
+        return False
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcar_lib.data import ImageSet
-from mcar_lib.metrics import average_precision, multilabel_metrics
+from mcar_lib.metrics import average_precision, best_threshold, multilabel_metrics
 from mcar_lib.model import MCAR
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import PeakMemory
@@ -39,6 +39,14 @@ def run_metrics(config: RunConfig, state: Fit, test: ImageSet | None) -> dict[st
         "last": {"epoch": config.epochs, **stream_metrics(state.last, test)},
         "best": {"epoch": state.best_epoch, **stream_metrics(state.best, test)},
     }
+
+
+def chosen_threshold(config: RunConfig, state: Fit, test: ImageSet | None) -> dict[str, float]:
+    """decision_threshold, the probability from which labels are predicted, of a run that was scored on validation
+    images; nothing of others, for nothing is chosen on test images."""
+    if config.scored_on != "val" or test is None or state.last is None:
+        return {}
+    return {"decision_threshold": best_threshold(state.last.fused, test.targets)}
 
 
 def stream_metrics(scores: StreamScores, test: ImageSet) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import PeakMemory, describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
-from mcar_lib.runs.measures import count_macs, run_cost, run_metrics
+from mcar_lib.runs.measures import chosen_threshold, count_macs, run_cost, run_metrics
 from mcar_lib.runs.outcome import Outcome
 from mcar_lib.runs.splits import Data, Splits
 from mcar_lib.training import (
@@ -131,6 +131,7 @@ def described(
             "classes": list(data.train.classes),
         },
         "metrics": run_metrics(config, state, test),
+        **chosen_threshold(config, state, test),
         "history": [asdict(result) for result in state.history],
         "cost": run_cost(mcar, config, state, seconds, memory),
         "environment": describe_environment(threads),

@@ -1,11 +1,10 @@
 """The learning rate of each arm of a study, chosen on validation images: the same small budget for every arm."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcar_lib.metrics import multilabel_metrics
+from mcar_lib.metrics import best_threshold
 from mcar_lib.runs.comparisons import scores_of, tested
 from mcar_lib.runs.config import AxisName, RunConfig, Tuning
 from mcar_lib.runs.grid import find_or_train
@@ -120,11 +119,7 @@ def choose(runs: Runs, config: RunConfig) -> Chosen | None:
         changes |= {name: best} if best != own else {}
     scores = scores_of(runs, tested(runs, record, **changes)).fused
     val = runs.data(record.config).test
-    f1 = {
-        percent: multilabel_metrics(scores, val.targets, math.log(percent / (100 - percent)))["OF1"]
-        for percent in range(1, 100)
-    }
-    return Chosen(changes, max(f1, key=lambda percent: f1[percent]) / 100, val.title)
+    return Chosen(changes, best_threshold(scores, val.targets), val.title)
 
 
 def tuning_rows(runs: Runs, configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
