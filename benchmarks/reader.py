@@ -1,12 +1,13 @@
 """How fast photos are read for training, each way, and whether a device has to wait for them.
 
-    python benchmarks/reader.py [--data-root DIR] [--photos 256] [--write FILE.md]
+    python benchmarks/reader.py [--data-root DIR] [--photos 256] [--gpu] [--write FILE.md]
 
 DIR holds VOCdevkit/VOC2007 (by default $MCAR_DATA); without one, composed scenes are read, whose files are smaller than
 photos. Every rate is that of one core, from the file to the square that the network input is made of, flipped and with
 its colour jitter drawn; medians of rounds in which the ways take turns. "With jitter" does the jitter in the reader, a
 photo after another, as it was done before; today it is a few operations on a whole batch where the model is. The device
 is a clock: a step of 16 photos takes as long as it would at so many images a second, and no core. Takes ten minutes.
+--gpu times training steps on a real one instead, and the share of them in which it waited for photos; in two minutes.
 """
 
 import argparse
@@ -29,14 +30,16 @@ from mcar_lib.data import ImageSet, load_image_set
 from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.transforms import crop_and_flip, jitter_colours, resize_square, sample_generator
 from mcar_lib.model import build_mcar
+from mcar_lib.runs.environment import describe_environment
 from mcar_lib.training import Execution, Recipe, TrainingImages, fit
-from mcar_lib.training.reader import Reader
+from mcar_lib.training.reader import Reader, num_workers
 
 SIZES = (224, 448, 576)
 BATCH, ROUNDS = 16, 5
 SPEEDS = (300, 2000)  # images a second of the clock
 NEEDS = (100, 300, 1000, 2000)
 AT = 448  # px of the clock
+ON_GPU = (("mobilenet_v2", 224), ("mobilenet_v2", 448), ("resnet101", 448))
 SCENES = {"num_train": 256, "num_test": 16, "side": 480, "seed": 0}
 
 
@@ -125,14 +128,15 @@ def busy(images: ImageSet, on_disk: bool, workers: int, speed: float, scratch: P
     return steps * BATCH / speed / (ended - started)
 
 
-def share_of_step(images: ImageSet, size: int, jitter: float, scratch: Path) -> tuple[float, float]:
-    """Seconds of an MCAR training step on this CPU, and the share of it in which no photos were there."""
-    few = ResizedImages(images.select(range(min(6 * BATCH, len(images)))), size)
-    model = build_mcar("mobilenet_v2", len(images.classes), "none")
-    recipe = Recipe(epochs=2, batch_size=BATCH, jitter=jitter)
+def share_of_step(
+    images: ResizedImages, recipe: Recipe, scratch: Path, backbone: str = "mobilenet_v2", workers: int | None = 0
+) -> tuple[float, float]:
+    """Seconds of an MCAR training step on this device in the last epoch, and the share of it in which no photos were
+    there."""
+    model = build_mcar(backbone, len(images.image_set.classes), "none")
     with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory(dir=scratch) as folder:
-        result = fit(model, few, None, recipe, Path(folder), Execution(workers=0), verbose=False).history[-1]
-    return result.train_seconds / math.ceil(len(few) / BATCH), result.wait_seconds / result.train_seconds
+        result = fit(model, images, None, recipe, Path(folder), Execution(workers=workers), verbose=False).history[-1]
+    return result.train_seconds / math.ceil(len(images) / BATCH), result.wait_seconds / result.train_seconds
 
 
 def jitter_seconds(size: int) -> float:
@@ -189,7 +193,8 @@ def report(options: argparse.Namespace, scratch: Path) -> str:
     rows = []
     for size in (128, 224):
         for jitter in (0.0, 0.3):
-            seconds, waits = share_of_step(images, size, jitter, scratch)
+            few = ResizedImages(images.select(range(min(6 * BATCH, len(images)))), size)
+            seconds, waits = share_of_step(few, Recipe(epochs=2, batch_size=BATCH, jitter=jitter), scratch)
             rows.append(
                 [
                     str(size),
@@ -204,13 +209,37 @@ def report(options: argparse.Namespace, scratch: Path) -> str:
     return "\n".join(lines)
 
 
+def gpu_report(options: argparse.Namespace, scratch: Path) -> str:
+    """The share of real training steps on a GPU in which it waits; bf16, jitter, workers as training chooses them."""
+    once, rows = photos(options, scratch), []
+    images = once.select([index for _ in range(8) for index in range(len(once))])  # a pass starts with a wait
+    for backbone, size in ON_GPU:
+        for way, memory in (("decoded", 0), ("squares in memory", 1 << 40)):
+            squares = ResizedImages(images, size, memory)
+            recipe = Recipe(epochs=2, batch_size=BATCH, precision="bf16")
+            seconds, waits = share_of_step(squares, recipe, scratch, backbone, workers=None)
+            workers = num_workers(None, torch.device("cuda"), decodes=way == "decoded")
+            cells = (f"{BATCH / seconds:,.0f}", f"{1000 * seconds:.0f}", f"{100 * waits:.1f} %")
+            rows.append([backbone, str(size), way, str(workers), *cells])
+    columns = ["backbone", "px", "photos", "workers", "images/s", "ms a step", "of it waiting for photos"]
+    told = (
+        f"{len(once)} photos of {once.name}, each eight times a pass, the second pass is timed; N = 4, batch {BATCH}, "
+    )
+    told += "bf16, jitter 0.3."
+    device = describe_environment()["device"]
+    return "\n".join(["### On a GPU", "", *table(columns, rows), "", f"{told} Device: {device}. {machine()}"])
+
+
 def main() -> None:
     parser = report_parser(__doc__)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("MCAR_DATA"), help="holds VOCdevkit/VOC2007")
     parser.add_argument("--photos", type=int, default=256, help="how many are read in a round")
+    parser.add_argument("--gpu", action="store_true", help="steps on this machine's GPU only")
     options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is none here")
     with tempfile.TemporaryDirectory() as scratch:
-        print_report(report(options, Path(scratch)), options.write)
+        print_report((gpu_report if options.gpu else report)(options, Path(scratch)), options.write)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ global stream) on (N + 1) times as many images is what it cannot go far below; w
 and the second pass. Training is forward, backward and an SGD step; inference ends with the scores on the CPU. Images
 are random bytes on the device, normalised in the timed step as in training; reading and resizing photos is not timed.
 Weights are random, 80 classes, gwp pooling, channels_last. Without options: every backbone and size of the paper, as it
-is and with torch.compile of the backbone; a row that cannot run says why. On a CPU choose little:
---models mobilenet_v2:128 --batch 4 --precision fp32 --compile no --threads 1.
+is and with torch.compile of the backbone; a row that cannot run says why. throughput.md is from a GPU. On a CPU choose
+little: --models mobilenet_v2:128 mobilenet_v2:224 --precision fp32 --compile no, as in throughput_cpu.md.
 """
 
 import argparse
@@ -36,7 +36,6 @@ OF_THE_PAPER = (
     *("mobilenet_v2:448", "resnet50:448", "resnet101:448", "resnet101:576"),
 )
 RECOMPUTED = "training, activations of the crops computed again"
-GPU_COMMAND = "python benchmarks/throughput.py --write benchmarks/throughput.md"
 COLUMNS = (
     *("backbone", "px", "compiled", "what", "MCAR images/s", "backbone alone, images/s", "MCAR takes"),
     "peak memory of both, GiB",
@@ -144,9 +143,6 @@ def report(options: argparse.Namespace) -> str:
         *(["torch.compile was not measured (--compile no)."] if options.compile == "no" else []),
         f"Device: {device}. {machine()}",
     ]
-    if not torch.cuda.is_available():
-        lines += ["", "No GPU was at hand: these are a CPU's numbers, and they say nothing of a GPU. On a GPU:"]
-        lines += ["", f"    {GPU_COMMAND}"]
     return "\n".join(lines)
 
 
