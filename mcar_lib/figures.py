@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from mcar_lib.data import read_image
 from mcar_lib.data.transforms import resize_square
@@ -25,6 +27,7 @@ from mcar_lib.regions import class_marginals
 from mcar_lib.runs import BASELINE, METHOD, Runs
 
 if TYPE_CHECKING:
+    from mcar_lib.prediction import Prediction
     from mcar_lib.released import ReleasedModel
 
 COLOURS = sns.color_palette("colorblind")
@@ -215,6 +218,33 @@ def photos_figure(released: "ReleasedModel", photos: Mapping[str, Path], num_reg
         released.model.threshold,
         list(photos),
     )
+
+
+def side_by_side(photos: Sequence[Path], height: int = 400) -> Image.Image:
+    """Several photos as one, at one height."""
+    images = [functional.to_pil_image(read_image(path, upright=True)) for path in photos]
+    images = [image.resize((round(image.width * height / image.height), height)) for image in images]
+    together = Image.new("RGB", (sum(image.width for image in images), height))
+    for index, image in enumerate(images):
+        together.paste(image, (sum(before.width for before in images[:index]), 0))
+    return together
+
+
+def predictions_figure(predictions: Mapping[str, "Prediction"]) -> Figure:
+    """What a model says of photos, by their captions, in a row: the predicted classes with scores and boxes."""
+    pictures = [prediction.picture() for prediction in predictions.values()]
+    plt.rcParams.update(STYLE)
+    made, axes = plt.subplots(
+        1, len(pictures), figsize=(13, 3.1), width_ratios=[image.width / image.height for image in pictures]
+    )
+    plt.close(made)
+    made.set_layout_engine("compressed")
+    for ax, image, caption in zip(np.ravel(axes), pictures, predictions, strict=True):
+        ax.imshow(image)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        ax.set_xlabel(wrapped(caption, 38 * image.width // image.height), fontsize=9)
+    return made
 
 
 def with_intervals(axes: Axes, x: Any, rows: pd.DataFrame, middle: str = "mAP", **style: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _with_boxes(pixels: Tensor, boxes: Sequence[Box | None], line: int) -> Tenso
 def _write(image: Image.Image, words: Sequence[str], boxes: Sequence[Box | None], line: int) -> None:
     draw, whole = ImageDraw.Draw(image), Box(0, 0, *image.size)
     targets = [(box.x1 + line, box.y1 + line) if box else (0, image.height) for box in boxes]
-    for size in range(max(16, round(max(image.size) / 28)), 7, -2):
+    for size in range(max(16, round(math.sqrt(image.width * image.height) / 22)), 7, -2):
         font = label_font("".join(words), size)
         texts = [_in_letters_of(font, text) for text in words]
         sizes = [(round(draw.textlength(text, font=font)) + size // 2, round(1.4 * size)) for text in texts]

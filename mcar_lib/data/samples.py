@@ -5,7 +5,8 @@ from pathlib import Path
 
 # Caption -> package and file. None of them is committed here.
 SAMPLES = {
-    "Grace Hopper, portrait by the U.S. Navy (in matplotlib)": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    "Eileen Collins, portrait by NASA (in scikit-image)": ("skimage", "data/astronaut.png"),
+    "Chelsea, by Stefan van der Walt, CC0 (in scikit-image)": ("skimage", "data/chelsea.png"),
     "flower.jpg, vultilion on Flickr, CC BY 2.0 (in scikit-learn)": ("sklearn", "datasets/images/flower.jpg"),
 }
 
