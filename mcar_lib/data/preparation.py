@@ -34,7 +34,7 @@ class Problems:
             raise DataError("\n".join([headline, *first_of(self.found)]))
 
 
-def counted(found: Sequence[str], what: str) -> str:
+def counted(found: Sequence[object], what: str) -> str:
     """ "1 problem", "1,200 problems"."""
     return f"{len(found):,} {what}{'' if len(found) == 1 else 's'}"
 
