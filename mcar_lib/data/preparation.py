@@ -106,6 +106,20 @@ def check_images(
     return replace(checked, doubts=told + checked.doubts)
 
 
+def unreadable(image_set: ImageSet, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    """The ids of the images that are missing or cannot be decoded, each with the reason, which names the file."""
+
+    def read(index: int) -> str:
+        try:
+            image_set.image(index)
+        except (DataError, ValueError) as error:  # ValueError: what the system raises for a NUL in a name
+            return str(error)
+        return ""
+
+    reasons = zip(image_set.ids, read_in_threads(read, len(image_set), progress), strict=True)
+    return {image_id: reason for image_id, reason in reasons if reason}
+
+
 def doubts_together(splits: Sequence[tuple[ImageSet, Checked]]) -> tuple[str, ...]:
     """The doubts of the splits of one data set, each once, and the photos that two of the splits share by content."""
     doubts = [doubt for _, checked in splits for doubt in checked.doubts]
