@@ -24,7 +24,9 @@ def find_instances(root: Path) -> dict[Path, str]:
     files = [path for folder in folders for path in visible(folder) if path.suffix.lower() == ".json"]
     named = [path for path in files if path.name.startswith("instances_")]
     chosen = named or [path for path in files if not path.name.startswith(NO_INSTANCES) and _is_instances(path)]
-    return {path: _split_of(path.stem) or _split_of(path.parent.name) for path in chosen}
+    if len(chosen) == 1:  # nobody has divided the photos, whatever the file is called
+        return {chosen[0]: ""}
+    return {path: _split_of(path.stem) or _split_of(path.relative_to(root).parent.name) for path in chosen}
 
 
 def list_instances(root: Path, options: Mapping[str, object]) -> Listing:

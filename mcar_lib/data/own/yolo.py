@@ -83,8 +83,9 @@ def _described(path: Path) -> tuple[tuple[str, ...], list[tuple[str, Path]]]:
         return tuple(map(normalized, names)), splits or [("", top / "images")]
     values = _values(path)
     names = values.get("names") or []
-    if isinstance(names, dict) and all(isinstance(key, int) for key in names):
-        names = [names.get(number, str(number)) for number in range(max(names, default=-1) + 1)]
+    if isinstance(names, dict) and all(str(key).isdecimal() for key in names):
+        by_number = {int(key): name for key, name in names.items()}
+        names = [by_number.get(number, str(number)) for number in range(max(by_number, default=-1) + 1)]
     if not isinstance(names, list) or not names or not all(isinstance(name, str | int) for name in names):
         raise DataError(f"{path}: names should list the classes, found {str(names)[:100]!r}")
     given = [(KEYS[key], value) for key, value in values.items() if key in KEYS and value]
