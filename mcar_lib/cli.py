@@ -421,7 +421,7 @@ def train(
     record = runs.run(config)
     typer.echo(f"record: {record.path}")
     if record.is_scored:
-        _print_metrics(record.metrics["last"])
+        _print_metrics(record.metrics["last"], [] if data is None else ["0.5"])
         _print_beside(beside_record(record))
     else:
         typer.echo(f"{NO_TEST_LABELS}; next: mcar submit voc2012 {asked.as_options()}")
@@ -449,7 +449,7 @@ def _own_run(
     for line in checked.lines:
         typer.echo(printable(line))
     _print_table(checked.counts, zip(*checked.counts.values(), strict=True))
-    config = own_config(config, checked, choose_regions="num_regions" not in given)
+    config = own_config(config, checked, list(given))
     config, line = propose(runs, config, [name for name in PROPOSED if name in given], minutes)
     typer.echo(line)
     return runs, config, checked.own.parts.get("test")
@@ -461,7 +461,7 @@ def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None") -> None:
     typer.echo(f"labels are predicted from a score of {best_threshold(runs, record):.2f}, of the highest OF1 on val")
     if test is not None:
         typer.echo(f"the same model on {test.title}, {len(test):,} images:")
-        _print_metrics(metrics_on(runs, record, test))
+        _print_metrics(metrics_on(runs, record, test), ["0.5"])
     typer.echo(f"next: mcar predict --model {record.run_id} PHOTO --pictures DIR")
 
 
@@ -693,13 +693,15 @@ def _trained_weights(runs: "Runs", config: "RunConfig", look: bool = True) -> Pa
     return path
 
 
-def _print_metrics(streams: Mapping[str, Any]) -> None:
+def _print_metrics(streams: Mapping[str, Any], points: Sequence[str] = ()) -> None:
+    """points: of OPERATING_POINTS; all where none is named."""
     from mcar_lib.runs.measures import LABEL_METRICS, STREAMS
 
     rows = [
         [name, point, *(100 * value for value in (streams[name]["mAP"], *(at[metric] for metric in LABEL_METRICS)))]
         for name in STREAMS
         for point, at in streams[name]["at"].items()
+        if not points or point in points
     ]
     _print_table(["stream", "labels at", "mAP %", *LABEL_METRICS], rows)
 

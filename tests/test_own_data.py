@@ -435,7 +435,9 @@ def test_photos_that_cannot_be_read_are_listed_or_left_out(tmp_path: Path, open_
     found = check_own(runs, config, skip_unreadable=True)  # type: ignore[arg-type]
     assert found.options["without"] == ("3.jpg", "4.jpg")
     assert sum(len(images) for images in found.own.parts.values()) == 28
-    assert own_config(config, found, choose_regions=True).num_regions == 2
+    chosen = own_config(config, found)
+    assert (chosen.num_regions, chosen.learning_rate) == (2, 0.1 * config.learning_rate)  # 2 classes of 20
+    assert own_config(config, found, ["learning_rate"]).learning_rate == config.learning_rate
 
 
 def test_a_photo_of_one_pixel_is_read(tmp_path: Path) -> None:

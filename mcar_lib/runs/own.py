@@ -1,7 +1,7 @@
 """Training on photos of one's own: what is told of them before, and what a training on them is scored by after."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mcar_lib.runs.runs import Runs
 from mcar_lib.training import evaluate, processes
 
 MOST_REGIONS = 4
+CLASSES = 20  # for which the rate of the profile own is right
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ def _unreadable(own: Own) -> dict[str, str]:
     return {name: reason for images in own.parts.values() for name, reason in unreadable(images).items()}
 
 
-def own_config(config: RunConfig, data: OwnData, choose_regions: bool) -> RunConfig:
-    """The configuration of a training on these photos; choose_regions: N is min(4, K)."""
+def own_config(config: RunConfig, data: OwnData, fixed: Collection[str] = ()) -> RunConfig:
+    """The configuration of a training on these photos. N is min(4, K), and the learning rate that of CLASSES times K /
+    CLASSES, but for what is fixed: the loss is a mean over the classes, so of fewer each pulls harder."""
     count = len(data.own.parts["train"].classes)
-    changes = {"num_regions": min(MOST_REGIONS, count)} if choose_regions else {}
-    return config.vary(data_options=dict(data.options), **changes)
+    rate = float(f"{config.learning_rate * min(count, CLASSES) / CLASSES:.3g}")
+    changes = {"num_regions": min(MOST_REGIONS, count), "learning_rate": rate}
+    kept = {name: value for name, value in changes.items() if name not in fixed}
+    return config.vary(data_options=dict(data.options), **kept)
 
 
 def best_threshold(runs: Runs, record: Record) -> float:
