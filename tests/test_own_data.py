@@ -488,7 +488,7 @@ def test_a_training_on_own_photos_is_told_proposed_scored_and_found_again(tmp_pa
         "taken for a CSV table",
         "training photos are held out",
         "rare, with fewer than 10",
-        "proposed: 64 px, batch 16, 1 epochs: about",
+        "proposed: 64 px, batch 16, 1 epoch: about",
         "labels are predicted from a score of",
         "the same model on own test, 5 images",
         "next: mcar predict --model ",

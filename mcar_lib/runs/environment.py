@@ -51,9 +51,14 @@ class PeakMemory:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024  # in KiB there
 
 
+def taken_memory() -> int:
+    """Bytes of the memory that PeakMemory counts which this process has now."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
 def free_memory() -> int:
-    """Bytes that a run can take: of the GPU where there is one, else of this machine, or of the container that this
-    process is in."""
+    """Bytes that this process can still take: of the GPU where there is one, else of this machine, or of the container
+    that this process is in."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     free = int(psutil.virtual_memory().available)

@@ -7,13 +7,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import psutil
-
 from mcar_lib.errors import ConfigError, ResultsError
 from mcar_lib.files import content_id, read_json, write_json
 from mcar_lib.progress import format_seconds
 from mcar_lib.runs.config import RunConfig
-from mcar_lib.runs.environment import free_memory
+from mcar_lib.runs.environment import free_memory, taken_memory
 from mcar_lib.runs.records import read_records
 from mcar_lib.runs.runs import Runs
 from mcar_lib.runs.trainer import DryRun, dry_run
@@ -118,9 +116,8 @@ def _measured(runs: Runs, config: RunConfig, fixed: Collection[str]) -> Cost:
     """By steps that cost little; the first ones, which are slower, are left out."""
     small = {"image_size": SIZES[-1], "batch_size": BATCHES[1] * processes.num_processes()}
     probe = config.vary(schedule="step", milestones=(), **{k: v for k, v in small.items() if k not in fixed})
-    before = psutil.Process().memory_info().rss
-    measured = dry_run(runs.splits, probe, runs.profile.threads, runs.execution, passes=2)
-    return Cost.of(measured, before)
+    before = taken_memory()
+    return Cost.of(dry_run(runs.splits, probe, runs.profile.threads, runs.execution, passes=2), before)
 
 
 def _chosen(
@@ -164,7 +161,8 @@ def _epochs(images: int, batch: int) -> int:
 
 
 def _told(values: dict[str, int]) -> str:
-    return f"{values['image_size']} px, batch {values['batch_size']}, {values['epochs']} epochs"
+    size, batch, epochs = (values[name] for name in PROPOSED)
+    return f"{size} px, batch {batch}, {epochs} epoch{'' if epochs == 1 else 's'}"
 
 
 def _told_cost(cost: Cost, values: dict[str, int], wished: float) -> str:
