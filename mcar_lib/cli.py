@@ -665,7 +665,9 @@ def data(
             typer.echo(f"next: mcar data check {chosen} --data-root {root}")
         return
     check = functools.partial(splits.check, again=action is Action.CHECK)
-    columns = check_data_set(chosen, root, check, typer.echo, **parse_settings(settings or []))
+    given = parse_settings(settings or [])
+    options = {**given.pop("data_options", {}), **given}  # as mcar train has them, or without that name before them
+    columns = check_data_set(chosen, root, check, typer.echo, **options)
     _print_table(columns, zip(*columns.values(), strict=True))
 
 

@@ -20,9 +20,10 @@ from mcar_lib.data.own import HELD_OUT, class_counts, overview, read_own
 from mcar_lib.data.preparation import check_images
 from mcar_lib.errors import ConfigError, DataError, WeightsError
 from mcar_lib.files import shipped
-from mcar_lib.runs import make_config
+from mcar_lib.runs import RunConfig, Runs, make_config
 from mcar_lib.runs.own import check_own, own_config
 from mcar_lib.runs.proposal import Cost, _chosen
+from mcar_lib.runs.trainer import dry_run
 
 LABELS = {"one.png": ("cat",), "two.png": ("cat", "dog"), "three.png": ("dog",), "four.png": ()}
 
@@ -505,7 +506,31 @@ def test_a_training_on_own_photos_is_told_proposed_scored_and_found_again(tmp_pa
     assert str(record) in again.replace("\n", "")
 
 
+@pytest.mark.parametrize("option", ["format", "data_options.format"])
+def test_own_photos_are_checked_without_a_training(tmp_path: Path, option: str) -> None:
+    root = table(tmp_path / "mine", "path,labels\none.png,cat\ntwo.png,cat;dog\nthree.png,dog\n")
+    done = mcar("data", "check", "own", "--data-root", str(root), "--set", f"{option}=csv")
+    assert done.exit_code == 0, done.output
+    assert "taken for a CSV table" in done.output
+    assert re.search(r"class +train +val", done.output)
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path: Path) -> None:
+    for seed in range(2):
+        photo(tmp_path / "cat" / f"{seed}.png", seed)
+    (tmp_path / "cat" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert sum(map(len, read_own(tmp_path).parts.values())) == 2
+
+
 # ---- proposals
+
+
+def test_a_dry_run_tells_the_time_of_the_whole_run(runs: Runs, tiny_config: RunConfig) -> None:
+    found = dry_run(runs.splits, tiny_config.vary(epochs=5, evaluate_every=2))
+    assert (found.train_images, found.train_total, found.test_total, found.num_tests) == (16, 24, 16, 3)
+    train, test = found.result.train_seconds / 16, found.result.test_seconds / 16
+    assert found.total_seconds == pytest.approx(5 * 24 * train + 3 * 16 * test)
+    assert any(line.startswith("the whole run: about ") and "3 tests of 16" in line for line in found.lines)
 
 
 def cost(**changes: object) -> Cost:

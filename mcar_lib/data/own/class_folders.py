@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mcar_lib.data.image_set import read_content
-from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, joined, photos_in, visible
+from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, has_photos, joined, photos_in, visible
 from mcar_lib.data.table import normalized
 from mcar_lib.errors import DataError
 
@@ -21,7 +21,7 @@ def class_folders(root: Path) -> dict[Path, str]:
     splits = {path: SPELLINGS[path.name.lower()] for path in folders if path.name.lower() in SPELLINGS}
     if splits and any(each.is_dir() for path in splits for each in visible(path)):
         return {each: split for path, split in splits.items() for each in visible(path) if each.is_dir()}
-    return dict.fromkeys((path for path in folders if photos_in(path)), "")
+    return dict.fromkeys((path for path in folders if has_photos(path)), "")
 
 
 def list_class_folders(root: Path) -> Listing:

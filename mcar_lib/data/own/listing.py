@@ -63,11 +63,16 @@ def photos_in(folder: Path) -> list[Path]:
     return [path for path in _files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
+def has_photos(folder: Path) -> bool:
+    """Whether a folder, or one in it, holds an image file; looks no further than the first."""
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in _files_in(folder))
+
+
 def _files_in(folder: Path) -> Iterator[Path]:
     for path in visible(folder):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():  # a link may lead back here
             yield from _files_in(path)
-        else:
+        elif path.is_file():
             yield path
 
 
