@@ -42,6 +42,7 @@ from mcar_lib.errors import (
 from mcar_lib.files import project_root, user_path
 
 if TYPE_CHECKING:
+    from mcar_lib.data import ImageSet
     from mcar_lib.runs import Record, RunConfig, Runs
     from mcar_lib.runs.published import Beside
 
@@ -371,8 +372,26 @@ def train(
             "--recompute", envvar="MCAR_RECOMPUTE", help="Less memory, more time: activations are computed twice."
         ),
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(**PATH, help="Photos of your own: a CSV, a COCO .json, folders of classes, a YOLO or VOC folder."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Starting weights: voc-photos, a .safetensors of mcar export, imagenet, ..."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="With --data: about how long to train, if size and epochs are open (5)."),
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="With --data: go on without the photos that cannot be read.")
+    ] = False,
 ) -> None:
     """Train one run, or find it if it was trained before, and print its metrics.
+
+    With --data on photos of your own: what is in them is told; size, batch and epochs that fit this machine are
+    proposed from two measured passes, unless --set says them; the val split, or a held-out fifth, is scored.
 
     SIGINT, SIGTERM or SIGHUP end it after the step that it is in, with a checkpoint and exit code 75: the same command
     goes on from there."""
@@ -380,13 +399,22 @@ def train(
     from mcar_lib.runs.records import NO_TEST_LABELS
     from mcar_lib.runs.trainer import dry_run as run_dry
 
+    if data is None and (minutes or skip_unreadable):
+        raise typer.BadParameter("--minutes and --skip-unreadable are for --data PATH")
     own = asked.results or project_root() / "results" / "local"
     how = {
         "checkpoint_minutes": checkpoint_minutes,
         "trackers": tuple(name for names in track or () for name in names.split(",")),
         "recompute": recompute,
     }
-    runs, config = dataclasses.replace(asked, results=own).open(**how)
+    asked = dataclasses.replace(asked, results=own)
+    if start:
+        asked = dataclasses.replace(asked, settings=[f"weights={json.dumps(start)}", *(asked.settings or [])])
+    if data is None:
+        runs, config = asked.open(**how)
+        test = None
+    else:
+        runs, config, test = _own_run(asked, data, minutes, skip_unreadable, how)
     if dry_run:
         for line in run_dry(runs.splits, config, runs.profile.threads, runs.execution).lines:
             typer.echo(line)
@@ -394,10 +422,48 @@ def train(
     record = runs.run(config)
     typer.echo(f"record: {record.path}")
     if record.is_scored:
-        _print_metrics(record.metrics["last"])
+        _print_metrics(record.metrics["last"], [] if data is None else ["0.5"])
         _print_beside(beside_record(record))
     else:
         typer.echo(f"{NO_TEST_LABELS}; next: mcar submit voc2012 {asked.as_options()}")
+    if data is not None:
+        _print_own(runs, record, test)
+
+
+def _own_run(
+    asked: Asked, data: Path, minutes: float | None, skip_unreadable: bool, how: Mapping[str, Any]
+) -> tuple["Runs", "RunConfig", "ImageSet | None"]:
+    """The run on photos of one's own that these options ask for, and the test split if there is one; tells of both."""
+    from mcar_lib.runs.own import check_own, own_config
+    from mcar_lib.runs.proposal import PROPOSED, propose
+
+    if asked.data_root or asked.row:
+        raise typer.BadParameter("--data PATH says what is trained on; leave --data-root and --row out")
+    given = parse_settings(asked.settings or [])
+    settings = ['dataset="own"', 'scored_on="val"', *(asked.settings or [])]
+    if given.get("dataset", "own") != "own" or "scored_on" in given:
+        raise typer.BadParameter("--data PATH trains on the data set own and scores its val split")
+    settings = settings[1:] if "dataset" in given else settings
+    opened = dataclasses.replace(asked, profile=asked.profile or "own", data_root=data, settings=settings)
+    runs, config = opened.open(**how)
+    checked = check_own(runs, config, skip_unreadable)
+    for line in checked.lines:
+        typer.echo(printable(line))
+    _print_table(checked.counts, zip(*checked.counts.values(), strict=True))
+    config = own_config(config, checked, list(given))
+    config, line = propose(runs, config, [name for name in PROPOSED if name in given], minutes)
+    typer.echo(line)
+    return runs, config, checked.own.parts.get("test")
+
+
+def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None") -> None:
+    from mcar_lib.runs.own import best_threshold, metrics_on
+
+    typer.echo(f"labels are predicted from a score of {best_threshold(runs, record):.2f}, of the highest OF1 on val")
+    if test is not None:
+        typer.echo(f"the same model on {test.title}, {len(test):,} images:")
+        _print_metrics(metrics_on(runs, record, test), ["0.5"])
+    typer.echo(f"next: mcar predict --model {record.run_id} PHOTO --pictures DIR")
 
 
 @app.command()
@@ -651,7 +717,7 @@ def submit(
 def data(
     action: Annotated[Action, typer.Argument(help="check reads all again, whatever prepare left a note of.")],
     name: Annotated[str | None, typer.Argument(metavar="DATASET", help="voc2007, ...: as --dataset.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="scenes, voc2007, voc2012, coco2014 or table.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="scenes, voc2007, voc2012, coco2014, table or own.")] = None,
     data_root: DataRoot = None,
     settings: Settings = None,
     artifacts: Artifacts = None,
@@ -675,7 +741,9 @@ def data(
             typer.echo(f"next: mcar data check {chosen} --data-root {root}")
         return
     check = functools.partial(splits.check, again=action is Action.CHECK)
-    columns = check_data_set(chosen, root, check, typer.echo, **parse_settings(settings or []))
+    given = parse_settings(settings or [])
+    options = {**given.pop("data_options", {}), **given}  # as mcar train has them, or without that name before them
+    columns = check_data_set(chosen, root, check, typer.echo, **options)
     _print_table(columns, zip(*columns.values(), strict=True))
 
 
@@ -703,13 +771,15 @@ def _trained_weights(runs: "Runs", config: "RunConfig", look: bool = True) -> Pa
     return path
 
 
-def _print_metrics(streams: Mapping[str, Any]) -> None:
+def _print_metrics(streams: Mapping[str, Any], points: Sequence[str] = ()) -> None:
+    """points: of OPERATING_POINTS; all where none is named."""
     from mcar_lib.runs.measures import LABEL_METRICS, STREAMS
 
     rows = [
         [name, point, *(100 * value for value in (streams[name]["mAP"], *(at[metric] for metric in LABEL_METRICS)))]
         for name in STREAMS
         for point, at in streams[name]["at"].items()
+        if not points or point in points
     ]
     _print_table(["stream", "labels at", "mAP %", *LABEL_METRICS], rows)
 

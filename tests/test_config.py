@@ -103,12 +103,12 @@ def test_a_shipped_profile_loads_under_its_own_name(name: str) -> None:
 
 
 def test_shipped_profiles() -> None:
-    assert PROFILES == ["mini", "paper", "photos", "photos-coco", "smoke"]
+    assert PROFILES == ["mini", "own", "paper", "photos", "photos-coco", "smoke"]
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"'maxi': no such profile; choose one of mini, paper, photos, photos-coco, smoke, or"
+        ConfigError, match=r"'maxi': no such profile; choose one of mini, own, paper, photos, photos-coco, smoke, or"
     ):
         load_profile("maxi")
 

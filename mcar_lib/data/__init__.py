@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mcar_lib.data.coco import load_coco
 from mcar_lib.data.image_set import Boxes, ImageSet, read_image
+from mcar_lib.data.own import FORMATS, load_own
 from mcar_lib.data.preparation import Problems, prepare
 from mcar_lib.data.table import load_table
 from mcar_lib.data.voc import load_voc
@@ -43,7 +44,8 @@ def load_image_set(
     root: where the data is; for "scenes" the folder in which scenes are written if they are not there yet.
     scored_on: "val" trains on the official train list and scores the val list, so that nothing is chosen on the test
     images.
-    options: scenes: num_train, num_test, side, seed. table: csv, image_root, classes (a list). The others take none.
+    options: scenes: num_train, num_test, side, seed. table: csv, image_root, classes (a list). own: see read_own. The
+    others take none.
     Raises ConfigError for an unknown name, split or option or an option of a wrong type, DataError for data that is
     missing or wrong.
     """
@@ -136,6 +138,10 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str | Path)
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _is_list_of_names(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
 
@@ -144,6 +150,7 @@ VOC_SPLITS = {"train": "trainval", "test": "test"}
 VOC_TUNING = {"train": "train", "test": "val"}
 COCO_SPLITS = {"train": "train2014", "test": "val2014"}
 WHOLE = "a whole number", _is_whole_number
+NAMES = 'a list of names, as in ["cat", "dog"]', _is_list_of_names
 DATA_SETS: Mapping[str, DataSet] = {
     "scenes": DataSet(
         _load_scenes,
@@ -164,7 +171,22 @@ DATA_SETS: Mapping[str, DataSet] = {
         {
             "csv": ("the name of a file", _is_path),
             "image_root": ("a folder", _is_path),
-            "classes": ('a list of names, as in ["cat", "dog"]', _is_list_of_names),
+            "classes": NAMES,
         },
+    ),
+    "own": DataSet(
+        load_own,
+        VOC_SPLITS,
+        "photos of your own: a CSV, a COCO .json, folders of classes, a YOLO or a VOC folder",
+        {
+            "format": (f"one of {', '.join(FORMATS)}", lambda value: value in FORMATS),
+            "classes": NAMES,
+            "without": NAMES,
+            "image_root": ("a folder", _is_path),
+            "image_column": ("the name of a column", _is_text),
+            "label_columns": NAMES,
+            "separator": ("a text", _is_text),
+        },
+        tuning=VOC_TUNING,
     ),
 }

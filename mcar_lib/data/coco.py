@@ -45,16 +45,16 @@ def load_coco(root: Path | str, split: str, classes: Sequence[str] = COCO_CLASSE
     """
     root = Path(root)
     path = root / "annotations" / f"instances_{split}.json"
-    coco = _read_json(path)
+    coco = read_instances(path)
     problems = Problems(f"COCO2014 {split} ({path})")
     column = _column_of_category(coco, tuple(classes), problems)
-    annotations = _group_by_image(coco, problems)
+    annotations = group_by_image(coco, problems)
     problems.raise_if_any()
-    doubts = _doubts_of_boxes(annotations, coco, problems)
+    doubts = doubts_of_boxes(annotations, coco, problems)
     problems.raise_if_any()
     found = [annotation for group in annotations.values() for annotation in group]
     objects = Boxes.of(
-        [_round_outward(annotation["bbox"], coco.imgs[annotation["image_id"]]) for annotation in found],
+        [round_outward(annotation["bbox"], coco.imgs[annotation["image_id"]]) for annotation in found],
         [column[annotation["category_id"]] for annotation in found],
         [bool(annotation.get("iscrowd", 0)) for annotation in found],
     )
@@ -75,7 +75,8 @@ def load_coco(root: Path | str, split: str, classes: Sequence[str] = COCO_CLASSE
     )
 
 
-def _read_json(path: Path) -> Any:
+def read_instances(path: Path) -> Any:
+    """The file as pycocotools' COCO, indexed and of the right shape; raises DataError where it is none."""
     if not path.is_file():
         raise DataError(
             f"{path}: no such annotation file. Expected annotations/{path.name} and the folder of the images "
@@ -128,7 +129,8 @@ def _column_of_category(coco: Any, classes: tuple[str, ...], problems: Problems)
     return column
 
 
-def _group_by_image(coco: Any, problems: Problems) -> dict[int, list[dict[str, Any]]]:
+def group_by_image(coco: Any, problems: Problems) -> dict[int, list[dict[str, Any]]]:
+    """The annotations of each image that has any, ordered by image; what is wrong with them or the images is added."""
     grouped: dict[int, list[dict[str, Any]]] = {}
     for annotation in coco.dataset["annotations"]:
         place = f"annotation {annotation.get('id')}"
@@ -162,7 +164,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9  # not so NaN
 
 
-def _doubts_of_boxes(annotations: Mapping[int, list[dict[str, Any]]], coco: Any, problems: Problems) -> list[str]:
+def doubts_of_boxes(annotations: Mapping[int, list[dict[str, Any]]], coco: Any, problems: Problems) -> list[str]:
     """Boxes outside their image are problems; those without area, reaching out or perhaps in fractions are doubts."""
     doubts, in_fractions = [], 0
     for number, group in annotations.items():
@@ -185,7 +187,7 @@ def _doubts_of_boxes(annotations: Mapping[int, list[dict[str, Any]]], coco: Any,
     return doubts
 
 
-def _round_outward(bbox: list[float], image: Mapping[str, int]) -> tuple[int, int, int, int]:
+def round_outward(bbox: list[float], image: Mapping[str, int]) -> tuple[int, int, int, int]:
     """The whole pixels that the box touches, at least one of them: COCO holds a few boxes without area."""
     x, y, w, h = bbox
     width, height = image["width"], image["height"]

@@ -34,7 +34,7 @@ class Problems:
             raise DataError("\n".join([headline, *first_of(self.found)]))
 
 
-def counted(found: Sequence[str], what: str) -> str:
+def counted(found: Sequence[object], what: str) -> str:
     """ "1 problem", "1,200 problems"."""
     return f"{len(found):,} {what}{'' if len(found) == 1 else 's'}"
 
@@ -104,6 +104,20 @@ def check_images(
         with suppress(ResultsError):  # the stamp only saves time: a cache folder that cannot be written is no error
             write_json(stamp, {"checked": content, "sum": content_id(content)})
     return replace(checked, doubts=told + checked.doubts)
+
+
+def unreadable(image_set: ImageSet, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    """The ids of the images that are missing or cannot be decoded, each with the reason, which names the file."""
+
+    def read(index: int) -> str:
+        try:
+            image_set.image(index)
+        except (DataError, ValueError) as error:  # ValueError: what the system raises for a NUL in a name
+            return str(error)
+        return ""
+
+    reasons = zip(image_set.ids, read_in_threads(read, len(image_set), progress), strict=True)
+    return {image_id: reason for image_id, reason in reasons if reason}
 
 
 def doubts_together(splits: Sequence[tuple[ImageSet, Checked]]) -> tuple[str, ...]:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcar_lib.data import COCO_SPLITS, SPLITS, VOC_SPLITS, ScoredOn, load_image_set
+from mcar_lib.data import COCO_SPLITS, SPLITS, VOC_SPLITS, ScoredOn, check_options, load_image_set
 from mcar_lib.data.coco import COCO_OFFICIAL_SIZES
 from mcar_lib.data.image_set import ImageSet
+from mcar_lib.data.own import class_counts, overview, read_own
 from mcar_lib.data.preparation import Checked, counted, doubts_together, first_of
 from mcar_lib.data.voc import VOC_OFFICIAL_SIZES, class_lists, find_voc_folder, load_voc
 from mcar_lib.errors import DataError
@@ -94,6 +95,9 @@ def check_data_set(
     check: reads a split and returns what it found. Returns the columns of a table: the classes, and for each labelled
     split how many images have each class, and how many have it as difficult only. Raises the DataError of a split.
     """
+    if name == "own":
+        check_options(name, options)
+        return _check_own(root, check, tell, options)
     columns: dict[str, Sequence[object]] = {}
     found: list[tuple[ImageSet, Checked]] = []
     for split in SPLITS:
@@ -115,6 +119,21 @@ def check_data_set(
         for line in first_of(doubts):
             tell(line)
     return columns
+
+
+def _check_own(
+    root: Path,
+    check: Callable[[ImageSet], Checked],
+    tell: Callable[[str], object],
+    options: Mapping[str, object],
+) -> dict[str, Sequence[object]]:
+    own = read_own(root, **options)
+    for line in own.told:
+        tell(line)
+    checked = {part: check(images) for part, images in own.parts.items()}
+    for line in overview(own, checked):
+        tell(line)
+    return class_counts(own)
 
 
 def _has_list(name: str, split: str, root: Path) -> bool:

@@ -18,10 +18,12 @@ from mcar_lib.data.preparation import Problems
 from mcar_lib.errors import DataError
 
 SPLITS = ("train", "test")
-SEPARATORS = re.compile(r"[,|/+&\t]")  # other than ";"
+SEPARATORS = re.compile(r"[;,|/+&\t]")  # beside the one that labels are split at
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A row of a table: its line number, and what it says of one photo."""
+
     number: int
     path: str
     labels: tuple[str, ...]
@@ -46,7 +48,7 @@ def load_table(
     columns = ("path", "labels") if split is None else ("path", "labels", "split")
     rows = _read_rows(csv_path, columns, problems)
     labels = {label for row in rows for label in row.labels}
-    names = tuple(sorted(labels) if classes is None else map(_normalized, classes))
+    names = tuple(sorted(labels) if classes is None else map(normalized, classes))
     chosen = [row for row in rows if split is None or row.split == split]
     if not chosen:
         there = ", ".join(name or "(empty)" for name in sorted({row.split for row in rows})) or "none"
@@ -56,10 +58,10 @@ def load_table(
         problems.add("the list of classes names one class twice")
     if not names:
         problems.add("no labels at all")
-    doubts = [*_alike(names), *_separators(rows, labels, problems)]
+    doubts = [*alike(names), *check_separators(rows, labels, problems)]
     if split is not None:
         doubts += _check_splits(rows, (*SPLITS, split), problems)
-    _check_paths(rows if split is None else [row for row in rows if row.split in (*SPLITS, split)], problems)
+    check_paths(rows if split is None else [row for row in rows if row.split in (*SPLITS, split)], problems)
     targets = _targets(chosen, names, problems)
     problems.raise_if_any()
     folder = csv_path.parent if image_root is None else Path(image_root).expanduser()
@@ -75,7 +77,7 @@ def load_table(
     )
 
 
-def _read_rows(path: Path, columns: tuple[str, ...], problems: Problems) -> list[_Row]:
+def _read_rows(path: Path, columns: tuple[str, ...], problems: Problems) -> list[Row]:
     if not path.is_file():
         raise DataError(
             f"{path}: no such table. Expected a CSV file with the columns path, labels and split. "
@@ -99,7 +101,7 @@ def _read_rows(path: Path, columns: tuple[str, ...], problems: Problems) -> list
         raise DataError(f"{path}: cannot read this table as a CSV file in UTF-8 ({error})") from error
 
 
-def _read_row(fields: dict[str, str | None], number: int, problems: Problems) -> _Row | None:
+def _read_row(fields: dict[str, str | None], number: int, problems: Problems) -> Row | None:
     path, labels = (fields["path"] or "").strip(), fields["labels"]
     if not path:
         problems.add(f"row {number}: the path is empty")
@@ -110,12 +112,12 @@ def _read_row(fields: dict[str, str | None], number: int, problems: Problems) ->
     elif None in fields:
         problems.add(f"row {number}: {path} has too many columns; separate labels with ';'")
     else:
-        parts = tuple(_normalized(label) for label in labels.split(";") if label.strip())
-        return _Row(number, path, parts, (fields.get("split") or "").strip())
+        parts = tuple(normalized(label) for label in labels.split(";") if label.strip())
+        return Row(number, path, parts, (fields.get("split") or "").strip())
     return None
 
 
-def _targets(rows: list[_Row], classes: tuple[str, ...], problems: Problems) -> Tensor:
+def _targets(rows: list[Row], classes: tuple[str, ...], problems: Problems) -> Tensor:
     targets = torch.zeros((len(rows), len(classes)), dtype=torch.int8)
     for position, row in enumerate(rows):
         for label in row.labels:
@@ -126,12 +128,12 @@ def _targets(rows: list[_Row], classes: tuple[str, ...], problems: Problems) -> 
     return targets
 
 
-def _normalized(label: str) -> str:
+def normalized(label: str) -> str:
     """A keyboard writes é as one character (NFC), a Mac's folder names as two (NFD)."""
     return unicodedata.normalize("NFC", label.strip())
 
 
-def _alike(classes: Sequence[str]) -> Iterator[str]:
+def alike(classes: Sequence[str]) -> Iterator[str]:
     """Doubts: pairs of classes that differ in upper and lower case, in blanks or in the width of letters only."""
     by_form: dict[str, list[str]] = {}
     for name in classes:
@@ -143,10 +145,11 @@ def _alike(classes: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _separators(rows: Sequence[_Row], labels: set[str], problems: Problems) -> list[str]:
-    """Labels that look like several are problems where it is certain, else doubts, which are returned."""
+def check_separators(rows: Sequence[Row], labels: set[str], problems: Problems, separator: str = ";") -> list[str]:
+    """Labels that look like several are problems where it is certain, else doubts, which are returned. separator: the
+    one that labels were split at."""
     cut = {
-        label: [_normalized(part) for part in SEPARATORS.split(label)] for label in labels if SEPARATORS.search(label)
+        label: [normalized(part) for part in SEPARATORS.split(label)] for label in labels if SEPARATORS.search(label)
     }
     parts = Counter(part for each in cut.values() for part in set(each))
     wrong = {label for label, each in cut.items() if labels.issuperset(each)} | set(filter(_is_literal, labels))
@@ -156,9 +159,13 @@ def _separators(rows: Sequence[_Row], labels: set[str], problems: Problems) -> l
     for row in rows:
         for label in row.labels:
             if label in wrong:
-                problems.add(f"row {row.number}: the label {label!r} looks like several; separate labels by ';'")
+                problems.add(
+                    f"row {row.number}: the label {label!r} looks like several; separate labels by {separator!r}"
+                )
             elif label in odd:
-                doubts.append(f"row {row.number}: is the label {label!r} one, or several that ';' should separate?")
+                doubts.append(
+                    f"row {row.number}: is the label {label!r} one, or several that {separator!r} should separate?"
+                )
     return doubts
 
 
@@ -167,7 +174,7 @@ def _is_literal(label: str) -> bool:
     return re.fullmatch(r"""[\[({].*['",].*[\])}]|(['"]).*\1""", label) is not None
 
 
-def _check_splits(rows: Sequence[_Row], known: Sequence[str], problems: Problems) -> list[str]:
+def _check_splits(rows: Sequence[Row], known: Sequence[str], problems: Problems) -> list[str]:
     """Problems of rows whose split is empty or misspelt; a doubt about those that are in a split of another name."""
     others = []
     for row in rows:
@@ -188,8 +195,9 @@ def _check_splits(rows: Sequence[_Row], known: Sequence[str], problems: Problems
     ]
 
 
-def _check_paths(rows: Sequence[_Row], problems: Problems) -> None:
-    first: dict[str, _Row] = {}
+def check_paths(rows: Sequence[Row], problems: Problems) -> None:
+    """A problem for each row whose photo an earlier row has."""
+    first: dict[str, Row] = {}
     for row in rows:
         other = first.setdefault(os.path.normpath(row.path), row)
         if other is not row:

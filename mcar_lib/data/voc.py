@@ -55,7 +55,7 @@ def load_voc(
     lists = folder / "ImageSets" / "Main"
     _require_lists(lists, split, year, labelled)
     problems = Problems(f"{name} {split}")
-    ids = _read_ids(lists / f"{split}.txt", problems)
+    ids = read_ids(lists / f"{split}.txt", problems)
     targets = torch.zeros((len(ids), len(classes)), dtype=torch.int8)
     if labelled:
         _fill_targets(targets, lists, split, classes, ids, problems)
@@ -110,9 +110,10 @@ def _require_lists(lists: Path, split: str, year: str, labelled: bool) -> None:
         )
 
 
-def _read_ids(path: Path, problems: Problems) -> tuple[str, ...]:
+def read_ids(path: Path, problems: Problems) -> tuple[str, ...]:
+    """The image ids of a list, one a line, each once."""
     ids: dict[str, int] = {}
-    for number, fields in _read_fields(path):
+    for number, fields in read_fields(path):
         if len(fields) != 1:
             problems.add(f"{path}:{number}: expected one image id, found {' '.join(fields)!r}")
         elif fields[0] in ids:
@@ -143,7 +144,7 @@ def _fill_targets(
 
 def _read_labels(path: Path, position: dict[str, int], problems: Problems) -> dict[int, int]:
     labels: dict[int, int] = {}
-    for number, fields in _read_fields(path):
+    for number, fields in read_fields(path):
         if len(fields) != 2 or fields[1] not in TARGET_OF_LABEL:
             problems.add(f"{path}:{number}: expected '<image id> 1, 0 or -1', found {' '.join(fields)!r}")
             continue
@@ -161,7 +162,7 @@ def _read_labels(path: Path, position: dict[str, int], problems: Problems) -> di
     return labels
 
 
-def _read_fields(path: Path) -> list[tuple[int, list[str]]]:
+def read_fields(path: Path) -> list[tuple[int, list[str]]]:
     """The fields of every line that is not blank, with its line number from 1."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: editors of other systems write a byte order mark
@@ -174,7 +175,7 @@ def _read_fields(path: Path) -> list[tuple[int, list[str]]]:
 
 def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], targets: Tensor, index: int) -> Boxes:
     path = annotations[index]
-    root = _read_xml(path)
+    root = read_xml(path)
     # Direct children only: a person's <part> (head, hand, foot) has a name and a box as well.
     objects = root.findall("object")
     if deeper := sum(1 for _ in root.iter("object")) - len(objects):
@@ -183,7 +184,7 @@ def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], targets
     for name in names:
         if name not in classes:
             raise DataError(f"{path}: object of the unknown class {name!r}")
-    corners = [_read_corners(item, path) for item in objects]
+    corners = [read_corners(item, path) for item in objects]
     difficult = [(item.findtext("difficult") or "0").strip() == "1" for item in objects]
     labels = {name: 1 for name, flag in zip(names, difficult, strict=True) if not flag}
     labels = dict.fromkeys(names, -1) | labels
@@ -201,7 +202,7 @@ def _read_boxes(annotations: tuple[Path, ...], classes: tuple[str, ...], targets
     return Boxes.of(corners, [classes.index(name) for name in names], difficult, doubts)
 
 
-def _read_xml(path: Path) -> ElementTree.Element:
+def read_xml(path: Path) -> ElementTree.Element:
     """The root of an XML file, also of one in an encoding that Python knows and expat does not (gb2312, shift_jis)."""
     try:
         content = path.read_bytes()
@@ -218,7 +219,7 @@ def _read_xml(path: Path) -> ElementTree.Element:
         ) from error
 
 
-def _read_corners(item: ElementTree.Element, path: Path) -> tuple[int, int, int, int]:
+def read_corners(item: ElementTree.Element, path: Path) -> tuple[int, int, int, int]:
     """VOC counts pixels from 1 and includes the last; the few fractions in VOC2012 are rounded outward."""
     keys = ("xmin", "ymin", "xmax", "ymax")
     try:

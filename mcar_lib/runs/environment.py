@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from mcar_lib.files import checkout
@@ -48,6 +49,24 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated()
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024  # in KiB there
+
+
+def taken_memory() -> int:
+    """Bytes of the memory that PeakMemory counts which this process has now."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: of the GPU where there is one, else of this machine, or of the container
+    that this process is in."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no such limit, "max" say
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        free = min(free, max(limit - taken, 0))
+    return free
 
 
 def describe_environment(threads: int = 0) -> dict[str, Any]:

@@ -25,6 +25,7 @@ PARTS = {  # of a published data set: where any of these is, the rest should be
     **{f"voc{year}": (f"VOCdevkit/VOC{year}", f"VOC{year}", "ImageSets/Main") for year in (2007, 2012)},
     "coco2014": ("annotations", "train2014", "val2014"),
     "scenes": (),
+    "own": (".",),
 }
 
 

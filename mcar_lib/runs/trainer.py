@@ -15,6 +15,7 @@ from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.transforms import sample_generator
 from mcar_lib.errors import CheckpointError, ConfigError
 from mcar_lib.model import MCAR, build_mcar
+from mcar_lib.progress import format_seconds
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import PeakMemory, describe_environment
 from mcar_lib.runs.fingerprints import fingerprint
@@ -102,7 +103,8 @@ def train(
     data = splits.of(config)
     if config.num_regions > len(data.train.classes):
         raise ConfigError(
-            f"num_regions is {config.num_regions}; {data.train.title} has {len(data.train.classes)} classes"
+            f"num_regions is {config.num_regions}; {data.train.title} has {len(data.train.classes)} classes, and "
+            f"each region is of another class: --set num_regions={len(data.train.classes)}, or less"
         )
     mcar = processes.main_first(lambda: build_model(config, len(data.train.classes)))  # may be a download
     squares = splits.squares(data.train, config.image_size)
@@ -151,13 +153,29 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What the first steps of a run took: images trained on and tested, their epoch, peak memory in bytes."""
+    """What the first steps of a run took: images trained on and tested, their epoch, peak memory in bytes.
+
+    train_total, test_total: images of the whole run's epoch and test.
+    """
 
     config: RunConfig
     train_images: int
     test_images: int
+    train_total: int
+    test_total: int
     result: EpochResult
     peak_memory_bytes: int | None
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the whole run at this speed: every epoch and every test."""
+        train, test = self.result.train_seconds / self.train_images, self.result.test_seconds / self.test_images
+        return self.config.epochs * self.train_total * train + self.num_tests * self.test_total * test
+
+    @property
+    def num_tests(self) -> int:
+        """After every so many epochs, and after the last."""
+        return -(-self.config.epochs // self.config.evaluate_every) if self.test_total else 0
 
     @property
     def lines(self) -> list[str]:
@@ -170,6 +188,8 @@ class DryRun:
             f"{steps} training steps of {self.config.batch_size} images: {self.result.train_seconds:.2f} s (the first "
             f"steps are slower than the others), loss {loss:.4f}",
             f"one test batch of {self.test_images} images: {self.result.test_seconds:.2f} s",
+            f"the whole run: about {format_seconds(self.total_seconds)} at this speed, {self.config.epochs} epochs of "
+            f"{self.train_total:,} images and {self.num_tests} tests of {self.test_total:,}",
             f"peak memory: {'not known on this system' if peak is None else f'{peak / 2**30:.1f} GiB'}",
         ]
 
@@ -179,10 +199,12 @@ def dry_run(
     config: RunConfig,
     threads: int = 0,
     execution: Execution = Execution(),  # noqa: B008  # frozen
+    passes: int = 1,
 ) -> DryRun:
     """Two training steps and one test batch of a run, on its own data and device; nothing is kept.
 
-    Where the test labels are not public, training photos are scored instead.
+    Where the test labels are not public, training photos are scored instead. passes: how often these are done; the
+    last time is told, so that with two of them the slow first steps are not.
     """
     data = splits.of(config)
     train = data.train.select(range(min(2 * config.batch_size, len(data.train))))
@@ -193,5 +215,8 @@ def dry_run(
     squares = (ResizedImages(train, config.image_size), ResizedImages(test, config.image_size))
     memory = PeakMemory()
     with tempfile.TemporaryDirectory() as folder, cpu_threads(threads):
-        state = fit(mcar, *squares, config.vary(epochs=1), Path(folder), execution, verbose=False)
-    return DryRun(config, len(train), len(test), state.history[0], memory.bytes)
+        state = fit(
+            mcar, *squares, config.vary(epochs=passes, evaluate_every=1), Path(folder), execution, verbose=False
+        )
+    totals = len(data.train), 0 if data.scored is None else len(data.scored)
+    return DryRun(config, len(train), len(test), *totals, state.history[-1], memory.bytes)
