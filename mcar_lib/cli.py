@@ -457,9 +457,10 @@ def _own_run(
 
 
 def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None") -> None:
-    from mcar_lib.runs.own import best_threshold, metrics_on
+    from mcar_lib.runs.own import metrics_on
 
-    typer.echo(f"labels are predicted from a score of {best_threshold(runs, record):.2f}, of the highest OF1 on val")
+    threshold = record.content["decision_threshold"]
+    typer.echo(f"labels are predicted from a score of {threshold:.2f}, of the highest OF1 on val")
     if test is not None:
         typer.echo(f"the same model on {test.title}, {len(test):,} images:")
         _print_metrics(metrics_on(runs, record, test), ["0.5"])

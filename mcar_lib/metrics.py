@@ -113,7 +113,10 @@ def multilabel_metrics(
 
 def best_threshold(scores: Array, targets: Array) -> float:
     """The probability from which labels are predicted that gives the highest OF1, of 0.01 to 0.99; of equals the
-    lowest. scores: logits (n, K); targets: (n, K), of validation images. Source: this project's convention."""
+    lowest; 0.5 without positives. scores: logits (n, K); targets: (n, K), of validation images. Source: this project's
+    convention."""
+    if not (torch.as_tensor(targets) == 1).any():
+        return 0.5
     f1 = {
         percent: multilabel_metrics(scores, targets, math.log(percent / (100 - percent)))["OF1"]
         for percent in range(1, 100)

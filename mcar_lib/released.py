@@ -401,6 +401,15 @@ def _told_of_choice(about: Mapping[str, Any]) -> str:
     )
 
 
+def _told_of_start(about: Mapping[str, Any]) -> str:
+    weights, backbone = about["weights"], about["config"]["backbone"]
+    if weights == "none":
+        return f"{backbone}, drawn at random."
+    if weights == "imagenet" or weights.startswith("the package "):
+        return f"{backbone} trained on ImageNet, from {weights}{LICENCE_OF_WEIGHTS.get(weights, '')}."
+    return f"{backbone} of the model {Path(weights).name}, which has a card of its own."
+
+
 def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
     config, data, environment = about["config"], about["data"], about["environment"]
     rate, each = config["learning_rate"], zip(about["classes"], about["AP"], strict=True)
@@ -432,8 +441,7 @@ def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
         f"{rate * config['backbone_factor']:g}), schedule {config['schedule']}; torch "
         f"{environment['versions']['torch']} on {device}.\n\n"
         f"{_told_of_choice(about)}"
-        f"**Starting weights.** {config['backbone']} trained on ImageNet, from {about['weights']}"
-        f"{LICENCE_OF_WEIGHTS.get(about['weights'], '')}. This file: MIT, as the code.\n\n"
+        f"**Starting weights.** {_told_of_start(about)} This file: MIT, as the code.\n\n"
         f"**Scores.** Test mAP of this file {percent(about['mAP'])}, of the run before rounding to fp16 "
         f"{percent(about['run_mAP'])}.{caution}\n\n"
         "| class | AP % |\n| --- | --- |\n"

@@ -1,6 +1,5 @@
 """Training on photos of one's own: what is told of them before, and what a training on them is scored by after."""
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.own import Own, class_counts, overview, read_own
 from mcar_lib.data.preparation import Checked, counted, unreadable
 from mcar_lib.errors import DataError
-from mcar_lib.metrics import multilabel_metrics
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.measures import stream_metrics
 from mcar_lib.runs.records import Record
@@ -77,15 +75,6 @@ def own_config(config: RunConfig, data: OwnData, fixed: Collection[str] = ()) ->
     changes = {"num_regions": min(MOST_REGIONS, count), "learning_rate": rate}
     kept = {name: value for name, value in changes.items() if name not in fixed}
     return config.vary(data_options=dict(data.options), **kept)
-
-
-def best_threshold(runs: Runs, record: Record) -> float:
-    """The score in (0, 1) from which a label is predicted: of the highest F1 over all labels of the scored photos, of
-    equals the lowest."""
-    scores, targets = runs.scores(record.config).fused, runs.data(record.config).test.targets
-    points = {percent: math.log(percent / (100 - percent)) for percent in range(1, 100)}
-    f1 = {percent: multilabel_metrics(scores, targets, point)["OF1"] for percent, point in points.items()}
-    return max(f1, key=lambda percent: f1[percent] if math.isfinite(f1[percent]) else -1) / 100
 
 
 def metrics_on(runs: Runs, record: Record, test: ImageSet) -> dict[str, Any]:
