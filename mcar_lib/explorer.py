@@ -351,9 +351,9 @@ def _draw_marginal(
     _, height = at(0, tau)
     if across:
         picture.text("tau", x + MAP + 4, height - LINE / 2, STRIP - 4)
-        picture.text("px", x, y - STRIP - 1, STRIP)
+        picture.text("px", x + MAP + 4, y - (LINE if tau > 0.5 else STRIP), STRIP)
     else:
-        picture.text("py", x + MAP + STRIP - LINE - 4, y + MAP - LINE, STRIP)
+        picture.text("py", x + MAP + 4, y + MAP + 2, STRIP)
 
 
 def _map_over_photo(view: View, index: int) -> Image.Image:
