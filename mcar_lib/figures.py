@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mcar_lib.data import read_image
 from mcar_lib.data.transforms import resize_square
+from mcar_lib.errors import printable
 from mcar_lib.region_study import as_numbers
 from mcar_lib.regions import class_marginals
 from mcar_lib.runs import BASELINE, METHOD, Runs
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from mcar_lib.released import ReleasedModel
 
 COLOURS = sns.color_palette("colorblind")
-MODEL_COLOURS = {BASELINE: COLOURS[0], METHOD: COLOURS[2]}
+MODEL_COLOURS = {BASELINE: COLOURS[0], METHOD: COLOURS[2]}  # in every figure; nothing else that stands for a model
+# Streams have the colour of their model, so MCAR's are told apart by dashes and markers.
+STREAM_LINES: dict[str, dict[str, Any]] = {
+    "global": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
+    "local": {"linestyle": ":", "marker": "s", "markerfacecolor": "white"},
+    "fused": {"linestyle": "-", "marker": "D"},
+}
+CLASSES_IN_A_COLUMN = 30
+TICKS_APART = 0.1  # of an axis: nearer numbers would touch
 MARKERS = ("o", "s", "D", "^", "v", "P")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
@@ -272,9 +281,9 @@ def accuracy_against_cost(table: pd.DataFrame, title: str, costs: Sequence[str] 
         ax.set_xscale("log", subs=[])
         ticks = sorted(set(table[cost]))
         if len(ticks) > len(values):
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ticks[-1] > 20 * ticks[0] else (1, 2, 3, 5)))
         else:
-            ax.set_xticks(ticks)
+            ax.set_xticks(_apart(ticks))
             ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:.3g}")
         ax.margins(x=0.1)
@@ -285,6 +294,43 @@ def accuracy_against_cost(table: pd.DataFrame, title: str, costs: Sequence[str] 
         Line2D([], [], color="grey", linestyle="none", marker=marker, markersize=7, label=str(value))
         for value, marker in zip(values, MARKERS * len(values), strict=False)
     ]
-    made.legend(handles=of_models + of_values, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    longest = max(len(str(name)) for name in (*models, *values))
+    ncols = max(1, min(6, 58 * len(costs) // (longest + 5)))  # so many letters are as wide as the panels
+    made.legend(handles=of_models + of_values, loc="outside lower center", ncols=ncols, fontsize=9, frameon=False)
     made.suptitle(wrapped(title, 46 * len(costs)), fontsize=11)
+    return made
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those of the sorted ticks of a logarithmic axis whose numbers do not touch: the first, and each that is far
+    enough from the one before it."""
+    places, kept = np.log(ticks), [0]
+    for at in range(1, len(ticks)):
+        if places[at] - places[kept[-1]] >= TICKS_APART * (places[-1] - places[0]):
+            kept.append(at)
+    return [ticks[at] for at in kept]
+
+
+def per_class_figure(table: pd.DataFrame, title: str) -> Figure:
+    """AP of each class in both models, a line a class, by the AP of MCAR from the top down. Many classes stand in
+    columns side by side, on one scale, so that each keeps a line that can be read.
+
+    table: columns of the two models (percent), the classes its index.
+    """
+    ordered = table.sort_values(METHOD, ascending=False)
+    columns = -(-len(ordered) // CLASSES_IN_A_COLUMN)
+    rows = -(-len(ordered) // columns)
+    width = 7.5 if columns == 1 else 5.0
+    made, axes = figure(1, columns, width=width, height=0.22 * rows + 1.4)
+    for at, ax in enumerate(axes):
+        part = ordered.iloc[at * rows : (at + 1) * rows]
+        ax.hlines(range(len(part)), part[BASELINE], part[METHOD], color="grey", linewidth=1)
+        for model, marker in ((BASELINE, "o"), (METHOD, "D")):
+            ax.plot(part[model], range(len(part)), marker, color=MODEL_COLOURS[model], label=model)
+        ax.set_yticks(range(len(part)), [printable(str(name)) for name in part.index])
+        ax.set(xlabel="AP (%), mean over seeds", ylim=(rows - 0.2, -0.8))
+        if columns > 1:
+            ax.set_xlim(-3, 103)
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    made.suptitle(wrapped(title, round(10 * width * columns)), fontsize=11)
     return made

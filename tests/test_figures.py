@@ -1,11 +1,14 @@
 """Figures show the numbers that they are given."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from mcar_lib import figures
 from mcar_lib.figures import COLOURS, MODEL_COLOURS
@@ -61,6 +64,41 @@ def test_models_with_a_cost_in_common_stand_side_by_side() -> None:
     axes = figures.accuracy_against_cost(rows, "title", ["parameters"]).axes[0]
     places = {line.get_color(): line.get_xdata(orig=False)[0] for line, *_ in (each.lines for each in axes.containers)}
     assert places[MODEL_COLOURS[BASELINE]] < 7.0 < places[MODEL_COLOURS[METHOD]]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [f"net_{at}" for at in range(6)], ["timm:a_net_of_a_long_name"] * 7])
+def test_no_label_of_accuracy_against_cost_touches_another(names: list[str]) -> None:
+    costs = [2.2, 3.4, 4.15, 4.84, 4.9, 42.5, 43.0][: len(names)]
+    values = [f"{name}{at}" for at, name in enumerate(names)]
+    rows = [(value, model, cost) for model in (BASELINE, METHOD) for value, cost in zip(values, costs, strict=True)]
+    table = pd.DataFrame(rows, columns=["value", "model", "M parameters"]).assign(mAP=50.0, low=40.0, high=60.0)
+    made = figures.accuracy_against_cost(table, "title", ["M parameters"])
+    made.canvas.draw()
+    shown = [label for label in made.axes[0].get_xticklabels() if label.get_text()]
+    assert len(shown) >= 2
+    assert not touching([label.get_window_extent() for label in shown])
+    legend = made.legends[0].get_window_extent()
+    assert made.bbox.x0 <= legend.x0 < legend.x1 <= made.bbox.x1
+
+
+@pytest.mark.parametrize("count", [1, 20, 80])
+def test_every_class_has_a_line_of_its_own_with_both_models(count: int) -> None:
+    ap = np.linspace(5, 95, count)
+    table = pd.DataFrame({BASELINE: ap, METHOD: ap[::-1]}, index=[f"class {at}" for at in range(count)])
+    made = figures.per_class_figure(table, "title")
+    made.canvas.draw()
+    named = [label for axes in made.axes for label in axes.get_yticklabels()]
+    assert [label.get_text() for label in named] == list(table.sort_values(METHOD, ascending=False).index)
+    assert not touching([label.get_window_extent() for label in named])
+    for model in (BASELINE, METHOD):
+        lines = [line for axes in made.axes for line in axes.lines if line.get_label() == model]
+        drawn = [value for line in lines for value in line.get_xdata(orig=False)]
+        assert drawn == table.sort_values(METHOD, ascending=False)[model].tolist()
+        assert {line.get_color() for line in lines} == {MODEL_COLOURS[model]}
+
+
+def touching(boxes: list[Bbox]) -> bool:
+    return any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
 
 
 def test_nothing_is_drawn_where_nothing_was_measured() -> None:
