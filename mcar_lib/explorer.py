@@ -25,7 +25,7 @@ from mcar_lib.data.image_set import Photo, decode_image, read_image
 from mcar_lib.data.samples import sample_photos
 from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import ConfigError, MCARError, printable
-from mcar_lib.figures import COLOURS, MODEL_COLOURS
+from mcar_lib.figures import COLOURS, MODEL_COLOURS, ink_on
 from mcar_lib.model import MCAR, POOLINGS, Pooling, check_image_size, fuse
 from mcar_lib.regions import SELECTIONS, Regions, Selection, attention_maps, class_marginals, crop_regions
 from mcar_lib.released import ReleasedModel
@@ -287,20 +287,15 @@ class _Picture:
         return _font(bold).getlength(words) / DENSITY
 
     def tag(self, words: str, x: float, y: float, colour: Colour) -> None:
+        ink = INK if ink_on([part / 255 for part in colour]) == "black" else PAPER
         self.box((x, y, x + LINE - 2, y + LINE), fill=colour)
-        self.text(words, x + 3, y, LINE, bold=True, colour=_ink_on(colour))
+        self.text(words, x + 3, y, LINE, bold=True, colour=ink)
 
 
 @functools.cache
 def _font(bold: bool) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), 13 * DENSITY)
-
-
-def _ink_on(colour: Colour) -> Colour:
-    """Black or white, whichever is easier to read on a colour."""
-    red, green, blue = colour
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else PAPER
 
 
 def _as_image(pixels: Tensor) -> Image.Image:

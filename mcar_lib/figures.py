@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -73,6 +74,12 @@ def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
     axes.grid(False)
 
 
+def ink_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever is easier to read on a colour (red, green, blue in [0, 1])."""
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.59 else "white"
+
+
 def draw_box(axes: Axes, box: Sequence[float], label: str, colour: Any, dashed: bool = False, place: int = 0) -> None:
     """A box x1 y1 x2 y2 with its label in the upper left corner, `place` steps to the right if boxes may coincide."""
     x1, y1, x2, y2 = (float(value) for value in box)
@@ -80,7 +87,8 @@ def draw_box(axes: Axes, box: Sequence[float], label: str, colour: Any, dashed: 
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2, linestyle=style))
     if label:
         background = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}
-        text: dict[str, Any] = {"fontsize": 9, "color": "white", "va": "top", "bbox": background, "clip_on": not place}
+        ink = ink_on(to_rgb(colour))
+        text: dict[str, Any] = {"fontsize": 9, "color": ink, "va": "top", "bbox": background, "clip_on": not place}
         axes.annotate(label, (x1, y1), (12 * place, 0), textcoords="offset points", **text)
 
 

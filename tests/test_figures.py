@@ -1,19 +1,27 @@
 """Figures show the numbers that they are given."""
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 from mcar_lib import figures
+from mcar_lib.data.scenes import CLASSES
+from mcar_lib.data.transforms import resize_square
 from mcar_lib.figures import COLOURS, MODEL_COLOURS
+from mcar_lib.model import MCAR
 from mcar_lib.region_study import as_numbers, measure_regions
 from mcar_lib.regions import class_marginals, locate_intervals
+from mcar_lib.released import ReleasedModel
 from mcar_lib.runs import BASELINE, METHOD, RunConfig, Runs
 
 
@@ -113,6 +121,29 @@ def boxes_on(axes: Axes) -> list[tuple]:
         for patch in axes.patches
         if isinstance(patch, Rectangle)
     ]
+
+
+def test_a_label_can_be_read_on_every_colour() -> None:
+    """At a contrast of 3 to 1 at least, as WCAG asks of large text."""
+
+    def luminance(colour: str | tuple[float, ...]) -> float:
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    _, (axes,) = figures.figure()
+    for place, colour in enumerate(COLOURS):
+        figures.draw_box(axes, (0, 0, 1, 1), str(place), colour)
+        dark, light = sorted((luminance(axes.texts[-1].get_color()), luminance(colour)))
+        assert (light + 0.05) / (dark + 0.05) >= 3, colour
+
+
+def test_a_phone_s_photo_is_shown_upright(tiny_model: Callable[..., MCAR], tmp_path: Path) -> None:
+    exif, pixels = Image.Exif(), torch.arange(96 * 64, dtype=torch.int64).view(96, 64).mul(41).remainder(251)
+    exif[0x0112] = 6
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "x.png", exif=exif)
+    made = figures.photos_figure(ReleasedModel(tiny_model().eval(), CLASSES, 64, {}), {"one": tmp_path / "x.png"}, 1)
+    upright = resize_square(pixels.to(torch.uint8).rot90(-1).expand(3, -1, -1), 64)
+    np.testing.assert_array_equal(made.axes[0].images[0].get_array(), upright.permute(1, 2, 0))
 
 
 def test_the_gallery_draws_regions_solid_and_objects_dashed_in_the_colour_of_their_class() -> None:
