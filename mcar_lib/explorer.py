@@ -206,7 +206,8 @@ PHOTO, MAP, STRIP, GAP, LINE, BAR = 300, 150, 34, 14, 17, 8
 HEAD = LINE + GAP  # the line above it all
 COLUMNS = 4  # regions in a row
 LISTED = 8  # classes with bars
-DENSITY = 2  # pixels of the picture for one of the page, so that it is sharp on any screen
+DENSITY = 1.5  # pixels of the picture for one of the page: sharp, and not more than follows a slider
+TAG = LINE + 1, LINE + 2  # width and height that the number of a region takes
 INK, PAPER, FAINT = (0, 0, 0), (255, 255, 255), (225, 225, 225)
 Colour = tuple[int, int, int]
 
@@ -256,11 +257,12 @@ class _Picture:
     """An empty page, drawn on in pixels of the page."""
 
     def __init__(self, width: int, height: int) -> None:
-        self.image = Image.new("RGB", (width * DENSITY, height * DENSITY), PAPER)
+        self.image = Image.new("RGB", (round(width * DENSITY), round(height * DENSITY)), PAPER)
         self.pen = ImageDraw.Draw(self.image)
 
     def paste(self, pixels: Image.Image, x: float, y: float, side: int) -> None:
-        fitted = pixels.resize((side * DENSITY, side * DENSITY), Image.Resampling.BILINEAR)
+        across = round(side * DENSITY)
+        fitted = pixels.resize((across, across), Image.Resampling.BILINEAR)
         self.image.paste(fitted, (round(x * DENSITY), round(y * DENSITY)))
 
     def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float = 1) -> None:
@@ -274,7 +276,7 @@ class _Picture:
 
     def box(self, corners: Sequence[float], fill: Colour | None = None, outline: Colour | None = None) -> None:
         x1, y1, x2, y2 = (round(each * DENSITY) for each in corners)
-        self.pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), fill, outline, width=2 * DENSITY)
+        self.pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), fill, outline, width=round(2 * DENSITY))
 
     def text(self, words: str, x: float, y: float, room: float, bold: bool = False, colour: Colour = INK) -> None:
         """Words from their upper left corner, cut where there is no more room."""
@@ -295,7 +297,7 @@ class _Picture:
 @functools.cache
 def _font(bold: bool) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), 13 * DENSITY)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), round(13 * DENSITY))
 
 
 def _as_image(pixels: Tensor) -> Image.Image:
@@ -306,12 +308,26 @@ def _draw_photo(picture: _Picture, view: View, y: float) -> None:
     scale, places = PHOTO / view.photo.shape[-1], view.boxes.tolist()
     picture.paste(_as_image(view.photo), GAP, y, PHOTO)
     for index, (x1, y1, x2, y2) in enumerate(places):
-        corners = GAP + scale * x1, y + scale * y1, GAP + scale * x2, y + scale * y2
-        picture.box(corners, outline=REGION_COLOURS[index])
-    # Boxes often coincide: each number has a place of its own along the upper side, and stays on the photo.
-    for index, (x1, y1, _, _) in enumerate(places):
-        x = min(scale * x1 + (LINE - 2) * index, PHOTO - (LINE - 2) * (len(places) - index))
-        picture.tag(str(index + 1), GAP + x, y + min(scale * y1, PHOTO - LINE), REGION_COLOURS[index])
+        sides = GAP + scale * x1, y + scale * y1, GAP + scale * x2, y + scale * y2
+        picture.box(sides, outline=REGION_COLOURS[index])
+    corners = [(scale * x1, scale * y1) for x1, y1, _, _ in places]
+    for index, (right, down) in enumerate(_tag_places(corners)):
+        picture.tag(str(index + 1), GAP + right, y + down, REGION_COLOURS[index])
+
+
+def _tag_places(corners: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where the number of each box goes, on the photo: its upper left corner, or the next free place to the right, then
+    below. Boxes often coincide, and none may hide the number of another."""
+    (wide, high), taken = TAG, list[tuple[float, float]]()
+    for x, y in corners:
+        left, right, down = min(x, PHOTO - wide), min(x, PHOTO - wide), min(y, PHOTO - high)
+        while hit := [each for each in taken if abs(each[0] - right) < wide and abs(each[1] - down) < high]:
+            right = max(each[0] for each in hit) + wide
+            if right > PHOTO - wide:  # a line is full
+                right, down = left, down + high if down + 2 * high <= PHOTO else 0
+                left = 0
+        taken.append((right, down))
+    return taken
 
 
 def _draw_region(picture: _Picture, view: View, index: int, x: float, y: float) -> None:
@@ -416,7 +432,7 @@ def as_html(view: View) -> str:
     source = base64.b64encode(as_jpeg(picture)).decode()
     return (
         f'<img src="data:image/jpeg;base64,{source}" alt="{html.escape(describe_view(view))}" '
-        f'style="width: {picture.width // DENSITY}px; max-width: 100%">'
+        f'style="width: {round(picture.width / DENSITY)}px; max-width: 100%">'
     )
 
 
@@ -443,7 +459,7 @@ class _Explorer:
         self.exploration = Exploration(released, next(iter(self.photos.values())))
         self.photo = ipywidgets.Dropdown(options=list(self.photos), description="photo")
         self.upload = ipywidgets.FileUpload(
-            accept="image/*", description="upload a photo", tooltip="a photo of your own; it stays on this machine"
+            accept="image/*", description="upload a photo", tooltip="a photo of your own", layout={"width": "auto"}
         )
         self.values = _value_widgets(self.exploration.choices(), len(released.classes))
         self.message, self.picture = ipywidgets.HTML(), ipywidgets.HTML()
@@ -495,11 +511,12 @@ class _Explorer:
 
     def _told(self, act: Callable[[], None]) -> None:
         """What cannot be done is a sentence on the page: a traceback would go to a log that nobody sees."""
-        self.message.value = ""
+        told = ""
         try:
             act()
         except MCARError as error:
-            self.message.value = f'<p role="alert">{html.escape(printable(str(error)))}</p>'
+            told = f'<p role="alert">{html.escape(printable(str(error)))}</p>'
+        self.message.value = told
 
 
 # Widget -> what it chooses.

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis.strategies import integers, lists, tuples
 from PIL import Image
 from torch import Tensor
 
@@ -25,10 +28,12 @@ from mcar_lib.explorer import (
     MOST_REGIONS,
     PHOTO,
     REGION_COLOURS,
+    TAG,
     Choices,
     Exploration,
     View,
     _Explorer,
+    _tag_places,
     describe_view,
     draw_view,
     example_photos,
@@ -181,13 +186,24 @@ def view_of(boxes: list[list[int]], names: tuple[str, ...] = CLASSES) -> View:
     return View(choices, names, black, torch.tensor(boxes), torch.arange(count), maps, crops, scores, rows)
 
 
-def test_no_region_of_equal_boxes_is_hidden_by_another() -> None:
-    for box in ([10, 10, 40, 40], [60, 0, 64, 8], [0, 60, 8, 64]):
-        picture = np.asarray(draw_view(view_of([box] * MOST_REGIONS)))
-        corner = DENSITY * (HEAD + GAP), DENSITY * GAP
-        shown = picture[corner[0] : corner[0] + DENSITY * PHOTO, corner[1] : corner[1] + DENSITY * PHOTO]
-        for colour in REGION_COLOURS[:MOST_REGIONS]:
-            assert (shown == colour).all(axis=2).sum() > 100 * DENSITY
+@given(lists(tuples(integers(0, PHOTO), integers(0, PHOTO)), max_size=MOST_REGIONS))
+@example([(0, 0)] * 8)
+@example([(PHOTO, PHOTO)] * 8)
+@example([(TAG[0], 0), (0, 0), (2, 3)])
+def test_the_number_of_a_region_is_hidden_by_no_other_and_lies_on_the_photo(corners: list[tuple[float, float]]) -> None:
+    places = _tag_places(corners)
+    assert len(places) == len(corners)
+    assert all(0 <= x <= PHOTO - TAG[0] and 0 <= y <= PHOTO - TAG[1] for x, y in places)
+    for (x, y), (left, up) in itertools.combinations(places, 2):
+        assert abs(x - left) >= TAG[0] or abs(y - up) >= TAG[1]
+
+
+def test_the_picture_shows_the_number_of_each_of_equal_boxes() -> None:
+    picture = np.asarray(draw_view(view_of([[60, 0, 64, 8]] * MOST_REGIONS)))
+    top, left, side = (round(DENSITY * each) for each in (HEAD + GAP, GAP, PHOTO))
+    shown = picture[top : top + side, left : left + side]
+    for colour in REGION_COLOURS[:MOST_REGIONS]:
+        assert (shown == colour).all(axis=2).sum() > 100
 
 
 def test_the_picture_in_words_has_regions_and_the_scores_of_both_streams() -> None:
