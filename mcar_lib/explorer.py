@@ -315,12 +315,13 @@ def _draw_photo(picture: _Picture, view: View, y: float) -> None:
         picture.tag(str(index + 1), GAP + right, y + down, REGION_COLOURS[index])
 
 
-def _tag_places(corners: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _tag_places(corners: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     """Where the number of each box goes, on the photo: its upper left corner, or the next free place to the right, then
     below. Boxes often coincide, and none may hide the number of another."""
-    (wide, high), taken = TAG, list[tuple[float, float]]()
-    for x, y in corners:
-        left, right, down = min(x, PHOTO - wide), min(x, PHOTO - wide), min(y, PHOTO - high)
+    (wide, high), taken = TAG, list[tuple[int, int]]()
+    for x, y in corners:  # in whole pixels: a rounding error would make two neighbours touch for ever
+        left, down = min(round(x), PHOTO - wide), min(round(y), PHOTO - high)
+        right = left
         while hit := [each for each in taken if abs(each[0] - right) < wide and abs(each[1] - down) < high]:
             right = max(each[0] for each in hit) + wide
             if right > PHOTO - wide:  # a line is full

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis.strategies import integers, lists, tuples
+from hypothesis.strategies import floats, lists, tuples
 from PIL import Image
 from torch import Tensor
 
@@ -186,7 +186,8 @@ def view_of(boxes: list[list[int]], names: tuple[str, ...] = CLASSES) -> View:
     return View(choices, names, black, torch.tensor(boxes), torch.arange(count), maps, crops, scores, rows)
 
 
-@given(lists(tuples(integers(0, PHOTO), integers(0, PHOTO)), max_size=MOST_REGIONS))
+@given(lists(tuples(floats(0, PHOTO), floats(0, PHOTO)), max_size=MOST_REGIONS))
+@example([(PHOTO / 224 * 197, 0.1)] * 8)
 @example([(0, 0)] * 8)
 @example([(PHOTO, PHOTO)] * 8)
 @example([(TAG[0], 0), (0, 0), (2, 3)])
