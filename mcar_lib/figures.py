@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -22,6 +23,7 @@ from torchvision.transforms.v2 import functional
 
 from mcar_lib.data import read_image
 from mcar_lib.data.transforms import resize_square
+from mcar_lib.errors import printable
 from mcar_lib.region_study import as_numbers
 from mcar_lib.regions import class_marginals
 from mcar_lib.runs import BASELINE, METHOD, Runs
@@ -31,7 +33,15 @@ if TYPE_CHECKING:
     from mcar_lib.released import ReleasedModel
 
 COLOURS = sns.color_palette("colorblind")
-MODEL_COLOURS = {BASELINE: COLOURS[0], METHOD: COLOURS[2]}
+MODEL_COLOURS = {BASELINE: COLOURS[0], METHOD: COLOURS[2]}  # in every figure; nothing else that stands for a model
+# Streams have the colour of their model, so MCAR's are told apart by dashes and markers.
+STREAM_LINES: dict[str, dict[str, Any]] = {
+    "global": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
+    "local": {"linestyle": ":", "marker": "s", "markerfacecolor": "white"},
+    "fused": {"linestyle": "-", "marker": "D"},
+}
+CLASSES_IN_A_COLUMN = 30
+TICKS_APART = 0.1  # of an axis: nearer numbers would touch
 MARKERS = ("o", "s", "D", "^", "v", "P")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
@@ -67,6 +77,12 @@ def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
     axes.grid(False)
 
 
+def ink_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever is easier to read on a colour (red, green, blue in [0, 1])."""
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.59 else "white"
+
+
 def draw_box(axes: Axes, box: Sequence[float], label: str, colour: Any, dashed: bool = False, place: int = 0) -> None:
     """A box x1 y1 x2 y2 with its label in the upper left corner, `place` steps to the right if boxes may coincide."""
     x1, y1, x2, y2 = (float(value) for value in box)
@@ -74,7 +90,8 @@ def draw_box(axes: Axes, box: Sequence[float], label: str, colour: Any, dashed: 
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2, linestyle=style))
     if label:
         background = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}
-        text: dict[str, Any] = {"fontsize": 9, "color": "white", "va": "top", "bbox": background, "clip_on": not place}
+        ink = ink_on(to_rgb(colour))
+        text: dict[str, Any] = {"fontsize": 9, "color": ink, "va": "top", "bbox": background, "clip_on": not place}
         axes.annotate(label, (x1, y1), (12 * place, 0), textcoords="offset points", **text)
 
 
@@ -302,9 +319,9 @@ def accuracy_against_cost(table: pd.DataFrame, title: str, costs: Sequence[str] 
         ax.set_xscale("log", subs=[])
         ticks = sorted(set(table[cost]))
         if len(ticks) > len(values):
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ticks[-1] > 20 * ticks[0] else (1, 2, 3, 5)))
         else:
-            ax.set_xticks(ticks)
+            ax.set_xticks(_apart(ticks))
             ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:.3g}")
         ax.margins(x=0.1)
@@ -315,6 +332,43 @@ def accuracy_against_cost(table: pd.DataFrame, title: str, costs: Sequence[str] 
         Line2D([], [], color="grey", linestyle="none", marker=marker, markersize=7, label=str(value))
         for value, marker in zip(values, MARKERS * len(values), strict=False)
     ]
-    made.legend(handles=of_models + of_values, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    longest = max(len(str(name)) for name in (*models, *values))
+    ncols = max(1, min(6, 58 * len(costs) // (longest + 5)))  # so many letters are as wide as the panels
+    made.legend(handles=of_models + of_values, loc="outside lower center", ncols=ncols, fontsize=9, frameon=False)
     made.suptitle(wrapped(title, 46 * len(costs)), fontsize=11)
+    return made
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those of the sorted ticks of a logarithmic axis whose numbers do not touch: the first, and each that is far
+    enough from the one before it."""
+    places, kept = np.log(ticks), [0]
+    for at in range(1, len(ticks)):
+        if places[at] - places[kept[-1]] >= TICKS_APART * (places[-1] - places[0]):
+            kept.append(at)
+    return [ticks[at] for at in kept]
+
+
+def per_class_figure(table: pd.DataFrame, title: str) -> Figure:
+    """AP of each class in both models, a line a class, by the AP of MCAR from the top down. Many classes stand in
+    columns side by side, on one scale, so that each keeps a line that can be read.
+
+    table: columns of the two models (percent), the classes its index.
+    """
+    ordered = table.sort_values(METHOD, ascending=False)
+    columns = -(-len(ordered) // CLASSES_IN_A_COLUMN)
+    rows = -(-len(ordered) // columns)
+    width = 7.5 if columns == 1 else 5.0
+    made, axes = figure(1, columns, width=width, height=0.22 * rows + 1.4)
+    for at, ax in enumerate(axes):
+        part = ordered.iloc[at * rows : (at + 1) * rows]
+        ax.hlines(range(len(part)), part[BASELINE], part[METHOD], color="grey", linewidth=1)
+        for model, marker in ((BASELINE, "o"), (METHOD, "D")):
+            ax.plot(part[model], range(len(part)), marker, color=MODEL_COLOURS[model], label=model)
+        ax.set_yticks(range(len(part)), [printable(str(name)) for name in part.index])
+        ax.set(xlabel="AP (%), mean over seeds", ylim=(rows - 0.2, -0.8))
+        if columns > 1:
+            ax.set_xlim(-3, 103)
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    made.suptitle(wrapped(title, round(10 * width * columns)), fontsize=11)
     return made

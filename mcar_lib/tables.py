@@ -25,6 +25,7 @@ BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)"
 ROUNDING = 16  # difference, of 255, that a pixel of a line may have where numbers differ in their last bits
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 P_VALUES = ("p", "p (Holm)")  # shown with three digits
+INDEXED = {".md": "table", ".csv": "CSV", ".png": "figure"}  # files that the page of a profile names, by their kind
 PAGE_MARK = "Written by notebook 10"  # a line of the page that sums up a results folder
 
 
@@ -146,6 +147,27 @@ def own_files(results: Path, written: Collection[str] = ()) -> list[str]:
             if path.name[0] != "." and name not in written and f"{kind}/{path.name}" not in known:
                 found.append(name)
     return found
+
+
+def write_index(folder: Path, title: str, about: Mapping[str, tuple[str, str]]) -> None:
+    """Writes README.md into a profile's folder of results: a line with links for every table and figure there that a
+    notebook wrote.
+
+    about: name of a table or figure -> what it is, and who writes it, in the order of the page; what is not in it comes
+    last, with dashes. Files of somebody's own are left out.
+    """
+    written = Generated(folder)
+    paths = [Path(name) for name in sorted(written.hashes()) if (folder / name).is_file()]
+    paths = [path for path in paths if path.parts[0] in ("tables", "figures") and path.suffix in INDEXED]
+    rows = []
+    for name in dict.fromkeys([*about, *(path.stem for path in paths)]):
+        of_name = [path for path in paths if path.stem == name]
+        links = [f"[{INDEXED[path.suffix]}]({path.as_posix()})" for path in of_name]
+        if links:
+            what, who = about.get(name, ("-", "-"))
+            rows.append({"name": name, "what it is": what, "files": ", ".join(links), "written by": who})
+    mark = f"{PAGE_MARK} from what lies in this folder; do not edit by hand."
+    written.put_text("README.md", f"# {title}\n\n{mark}\n\n{markdown(pd.DataFrame(rows))}")
 
 
 def write_page(path: Path, text: str) -> None:

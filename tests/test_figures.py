@@ -1,16 +1,27 @@
 """Figures show the numbers that they are given."""
 
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
+from PIL import Image
 
 from mcar_lib import figures
+from mcar_lib.data.scenes import CLASSES
+from mcar_lib.data.transforms import resize_square
 from mcar_lib.figures import COLOURS, MODEL_COLOURS
+from mcar_lib.model import MCAR
 from mcar_lib.region_study import as_numbers, measure_regions
 from mcar_lib.regions import class_marginals, locate_intervals
+from mcar_lib.released import ReleasedModel
 from mcar_lib.runs import BASELINE, METHOD, RunConfig, Runs
 
 
@@ -63,6 +74,41 @@ def test_models_with_a_cost_in_common_stand_side_by_side() -> None:
     assert places[MODEL_COLOURS[BASELINE]] < 7.0 < places[MODEL_COLOURS[METHOD]]
 
 
+@pytest.mark.parametrize("names", [["a", "b"], [f"net_{at}" for at in range(6)], ["timm:a_net_of_a_long_name"] * 7])
+def test_no_label_of_accuracy_against_cost_touches_another(names: list[str]) -> None:
+    costs = [2.2, 3.4, 4.15, 4.84, 4.9, 42.5, 43.0][: len(names)]
+    values = [f"{name}{at}" for at, name in enumerate(names)]
+    rows = [(value, model, cost) for model in (BASELINE, METHOD) for value, cost in zip(values, costs, strict=True)]
+    table = pd.DataFrame(rows, columns=["value", "model", "M parameters"]).assign(mAP=50.0, low=40.0, high=60.0)
+    made = figures.accuracy_against_cost(table, "title", ["M parameters"])
+    made.canvas.draw()
+    shown = [label for label in made.axes[0].get_xticklabels() if label.get_text()]
+    assert len(shown) >= 2
+    assert not touching([label.get_window_extent() for label in shown])
+    legend = made.legends[0].get_window_extent()
+    assert made.bbox.x0 <= legend.x0 < legend.x1 <= made.bbox.x1
+
+
+@pytest.mark.parametrize("count", [1, 20, 80])
+def test_every_class_has_a_line_of_its_own_with_both_models(count: int) -> None:
+    ap = np.linspace(5, 95, count)
+    table = pd.DataFrame({BASELINE: ap, METHOD: ap[::-1]}, index=[f"class {at}" for at in range(count)])
+    made = figures.per_class_figure(table, "title")
+    made.canvas.draw()
+    named = [label for axes in made.axes for label in axes.get_yticklabels()]
+    assert [label.get_text() for label in named] == list(table.sort_values(METHOD, ascending=False).index)
+    assert not touching([label.get_window_extent() for label in named])
+    for model in (BASELINE, METHOD):
+        lines = [line for axes in made.axes for line in axes.lines if line.get_label() == model]
+        drawn = [value for line in lines for value in line.get_xdata(orig=False)]
+        assert drawn == table.sort_values(METHOD, ascending=False)[model].tolist()
+        assert {line.get_color() for line in lines} == {MODEL_COLOURS[model]}
+
+
+def touching(boxes: list[Bbox]) -> bool:
+    return any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+
+
 def test_nothing_is_drawn_where_nothing_was_measured() -> None:
     _, (axes,) = figures.figure()
     figures.with_intervals(axes, [0], pd.DataFrame({"mean": [np.nan], "low": [np.nan], "high": [np.nan]}), "mean")
@@ -75,6 +121,29 @@ def boxes_on(axes: Axes) -> list[tuple]:
         for patch in axes.patches
         if isinstance(patch, Rectangle)
     ]
+
+
+def test_a_label_can_be_read_on_every_colour() -> None:
+    """At a contrast of 3 to 1 at least, as WCAG asks of large text."""
+
+    def luminance(colour: str | tuple[float, ...]) -> float:
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    _, (axes,) = figures.figure()
+    for place, colour in enumerate(COLOURS):
+        figures.draw_box(axes, (0, 0, 1, 1), str(place), colour)
+        dark, light = sorted((luminance(axes.texts[-1].get_color()), luminance(colour)))
+        assert (light + 0.05) / (dark + 0.05) >= 3, colour
+
+
+def test_a_phone_s_photo_is_shown_upright(tiny_model: Callable[..., MCAR], tmp_path: Path) -> None:
+    exif, pixels = Image.Exif(), torch.arange(96 * 64, dtype=torch.int64).view(96, 64).mul(41).remainder(251)
+    exif[0x0112] = 6
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "x.png", exif=exif)
+    made = figures.photos_figure(ReleasedModel(tiny_model().eval(), CLASSES, 64, {}), {"one": tmp_path / "x.png"}, 1)
+    upright = resize_square(pixels.to(torch.uint8).rot90(-1).expand(3, -1, -1), 64)
+    np.testing.assert_array_equal(made.axes[0].images[0].get_array(), upright.permute(1, 2, 0))
 
 
 def test_the_gallery_draws_regions_solid_and_objects_dashed_in_the_colour_of_their_class() -> None:

@@ -1,5 +1,6 @@
 """How notebooks show and keep what they found: frames of runs, files beside the records, blocks of a page."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from PIL import Image
 
 from mcar_lib.errors import ResultsError
 from mcar_lib.runs import Failure, Record, RunConfig, Runs
-from mcar_lib.tables import Generated, differing, fill_blocks, markdown, save, title_of
+from mcar_lib.tables import Generated, differing, fill_blocks, markdown, save, title_of, write_index
 
+ROOT = Path(__file__).resolve().parent.parent
 TABLE = pd.DataFrame({"value": ["a", "b"], "mAP": [12.3456, None]})
 SMALL = "# Page\n<!-- generated: numbers -->\nold\n<!-- end -->\nrest\n"
 
@@ -96,6 +98,37 @@ def test_runs_of_which_none_could_be_had_are_an_error_that_says_why(runs: Runs, 
 def test_markdown_has_one_digit_three_for_p_and_a_dash_for_nothing() -> None:
     table = pd.DataFrame({"name": ["x"], "mAP": [56.08], "tiny": [0.0123], "p": [0.0004], "n": [12345], "none": [None]})
     assert markdown(table).splitlines()[2] == "| x | 56.1 | 0.012 | 0.000 | 12,345 | - |"
+
+
+def test_the_index_of_a_folder_names_what_notebooks_wrote_there_in_its_order(runs: Runs, record: Record) -> None:
+    save(runs, [record], {"a": TABLE, "b": TABLE}, {"b": Figure(), "c": Figure()})
+    (runs.folder / "tables/own.md").write_text("somebody's own")
+    (runs.folder / "figures/c.png").unlink()
+    write_index(runs.folder, "Title", {"b": ("what b is", "notebook 7"), "gone": ("not here", "notebook 8")})
+    lines = (runs.folder / "README.md").read_text().splitlines()
+    assert lines[0] == "# Title"
+    assert lines[6:] == [
+        "| b | what b is | [figure](figures/b.png), [CSV](tables/b.csv), [table](tables/b.md) | notebook 7 |",
+        "| a | - | [CSV](tables/a.csv), [table](tables/a.md) | - |",
+    ]
+
+
+def test_an_index_that_somebody_wrote_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    write_index(tmp_path, "Title", {})
+    assert (tmp_path / "README.yours.md").read_text() == "mine"
+
+
+def test_every_committed_table_and_figure_is_linked_with_a_line_on_what_it_is() -> None:
+    folders = [path.parent for path in ROOT.glob("results/*/generated.json")]
+    committed = {folder / name for folder in folders for name in Generated(folder).hashes() if name != "README.md"}
+    linked, told = set[Path](), list[str]()
+    for page in [folder / "README.md" for folder in folders if (folder / "README.md").exists()]:
+        told += page.read_text(encoding="utf-8").splitlines()[5:]
+        linked |= {page.parent / link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))}
+    assert committed
+    assert sorted(committed - linked) == []
+    assert [line for line in told if "| - |" in line] == []
 
 
 def test_a_block_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ from mcar_lib.runs.trainer import arithmetic_fingerprint
 if TYPE_CHECKING:
     import pandas as pd
 
-WRITTEN = ("README.md", "results/README.md", "results/*/tables/*", "results/*/figures/*")  # by the notebooks
+WRITTEN = (  # by the notebooks
+    "README.md",
+    "results/README.md",
+    "results/*/README.md",
+    "results/*/tables/*",
+    "results/*/figures/*",
+)
 KINDS = ("evaluations", "regions", "comparisons")  # of records that follow from runs
 SIDES = ("committed", "here")
 SAME, OTHER = "the same finding", "another finding"
