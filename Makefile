@@ -4,7 +4,7 @@ PYTHON ?= python3
 PROFILE ?= mini
 ONLY ?=
 DATA_ROOT ?=
-JOBS ?= 2
+JOBS ?=
 BIN := .venv/bin
 
 .PHONY: help venv reproduce test report publish lint notebook clean
@@ -13,7 +13,8 @@ BIN := .venv/bin
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  JOBS=2  PYTHON=python3.11'
+	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  PYTHON=python3.11'
+	@echo '         JOBS=N: of reproduce, runs trained at once (as cores and memory allow); of test, test processes (2)'
 
 venv: .venv/.installed  ## the environment in .venv, exactly as pinned
 
@@ -27,10 +28,11 @@ venv: .venv/.installed  ## the environment in .venv, exactly as pinned
 	@touch $@
 
 reproduce: venv  ## all notebooks, trained anew into results/local, then compared with the committed results
-	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
+	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)') \
+	  $(if $(JOBS),--jobs '$(JOBS)')
 
 test: lint  ## every check: lint, types, layers, tests, notebooks, drift of what they write
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 lint: venv  ## format, lint, types and layers only
 	$(BIN)/ruff check .

@@ -180,6 +180,16 @@ Release = Annotated[
 ]
 
 
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="MCAR_JOBS",
+        help="Runs trained side by side, at most (as many as the cores allow); fewer where memory does not hold them.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Asked:
     """The run that a command is about, and where its files are: the options of about_a_run."""
@@ -305,11 +315,12 @@ def reproduce(
     results: ResultsFolder = None,
     data_root: DataRoot = None,
     artifacts: Artifacts = None,
+    jobs: Jobs = None,
 ) -> None:
     """Run the notebooks, then compare what they computed here with what is committed."""
     from mcar_lib.notebooks.jobs import reproduce
 
-    reproduce(profile, only or [], results, data_root, artifacts=artifacts)
+    reproduce(profile, only or [], results, data_root, artifacts=artifacts, jobs=jobs)
 
 
 @app.command()
@@ -435,6 +446,7 @@ def grid(
     cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores of a run.")] = None,
     partition: Annotated[str | None, typer.Option(help="slurm: the partition of the jobs.")] = None,
     wait: Annotated[bool | None, typer.Option("--wait", help="slurm: until all runs are done or failed.")] = None,
+    jobs: Jobs = None,
     results: ResultsFolder = None,
     data_root: DataRoot = None,
     artifacts: Artifacts = None,
@@ -458,6 +470,8 @@ def grid(
     given = {name: value for name, value in options.items() if value is not None}
     if on is Place.LOCAL and given:
         raise typer.BadParameter(f"--{next(iter(given))} is for --on slurm")
+    if on is Place.SLURM and jobs and not os.environ.get("MCAR_JOBS"):
+        raise typer.BadParameter("--jobs is for this machine; Slurm says how many jobs run at once")
     own = results.resolve() if results else project_root() / "results" / "local"
     runs = Runs(profile, own, data_root, artifacts)
     asked = named_runs(runs.profile, [row.strip() for text in rows or () for row in text.split(",")])
@@ -471,7 +485,7 @@ def grid(
             return
         outcomes = cluster.wait(runs, asked, jobs)
     else:
-        outcomes = find_or_train(runs, [each.config for each in asked])
+        outcomes = find_or_train(runs, [each.config for each in asked], jobs)
     for each, outcome in zip(asked, outcomes, strict=True):
         typer.echo(f"{each.name}: {printable(outcome_told(outcome))}")
     if any(isinstance(outcome, Failure) for outcome in outcomes):
