@@ -479,11 +479,11 @@ def grid(
         from mcar_lib.runs import cluster
 
         given.pop("wait", None)
-        jobs = cluster.submit(runs, asked, profile, cluster.Resources(**given))
-        typer.echo(f"{len(jobs)} jobs; logs: {runs.artifacts / 'slurm'}; next: mcar status")
+        submitted = cluster.submit(runs, asked, profile, cluster.Resources(**given))
+        typer.echo(f"{len(submitted)} jobs; logs: {runs.artifacts / 'slurm'}; next: mcar status")
         if not wait:
             return
-        outcomes = cluster.wait(runs, asked, jobs)
+        outcomes = cluster.wait(runs, asked, submitted)
     else:
         outcomes = find_or_train(runs, [each.config for each in asked], jobs)
     for each, outcome in zip(asked, outcomes, strict=True):
