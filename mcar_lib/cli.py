@@ -57,6 +57,9 @@ RELEASED = (
 )
 
 
+WIDEST = 400  # columns of a table that goes to a file or another program: a row is a line there
+
+
 class Commands(TyperGroup):
     """Turns this project's errors into one message and an exit code; anything else is a bug and keeps its traceback."""
 
@@ -349,17 +352,30 @@ def plan(
         list[str] | None,
         typer.Option(help="Million million MACs a second, T or BACKBONE=T; repeatable. Adds the hours of each run."),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Where the profile has rows: the runs of its studies as well.")
+    ] = False,
 ) -> None:
-    """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed."""
-    from mcar_lib.runs import load_profile
-    from mcar_lib.runs.plan import TESTS_LINE, parse_throughput, plan
+    """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed.
 
-    speeds, runs = parse_throughput(throughput or []), plan(load_profile(profile), profile)
+    Of a profile with rows these are its rows; of any other all runs: both models, what they are compared with, the
+    ablations, and the tuning of their rates."""
+    from mcar_lib.runs import load_profile
+    from mcar_lib.runs.plan import TESTS_LINE, TUNING_LINE, all_runs, parse_throughput, plan, total_line
+
+    speeds, chosen = parse_throughput(throughput or []), load_profile(profile)
+    runs = plan(chosen, profile, everything or not chosen.rows)
     cells = [run.cells(speeds) for run in runs]
-    _print_table(cells[0], [list(row.values()) for row in cells])
+    shown = [name for name in cells[0] if any(row[name] is not None for row in cells)]
+    _print_table(shown, [[row[name] for name in shown] for row in cells])
     typer.echo(TESTS_LINE)
+    if chosen.tuning:
+        typer.echo(TUNING_LINE)
     for run in runs:
         typer.echo(run.command)
+    typer.echo(total_line(runs, speeds))
+    if left := len(all_runs(chosen)) - len(runs):
+        typer.echo(f"left out: {left} runs of the studies; --all shows them")
 
 
 @app.command()
@@ -664,7 +680,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> No
         table.add_column(_cell(name), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
-    Console(width=160 if plain else None, markup=False, highlight=False).print(table)
+    Console(width=WIDEST if plain else None, markup=False, highlight=False).print(table)
 
 
 def _cell(value: object) -> str:

@@ -151,6 +151,13 @@ class Tuning(BaseModel):
         return rates
 
 
+def arm_of(config: RunConfig, tuning: Tuning) -> RunConfig:
+    """The run that a configuration's rate is chosen with. Runs that differ in nothing that changes which rate is right
+    share it: seed, which classes or whose boxes are looked at, tau."""
+    shared = {"selection": "top", "box_source": "maps", "threshold": 0.5, "learning_rate": tuning.rates[0]}
+    return config.vary(seed=tuning.seed, scored_on="val", **shared)
+
+
 class EqualCost(BaseModel):
     """What MCAR's extra computing buys without regions: image_size, the input at which one pass of the global stream
     costs what MCAR costs; crop_area, of random resized crops; seeds, of these runs."""
