@@ -7,7 +7,7 @@ DATA_ROOT ?=
 JOBS ?=
 BIN := .venv/bin
 
-.PHONY: help venv reproduce test report publish lint notebook clean
+.PHONY: help venv reproduce test report publish lint lock notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,14 +31,20 @@ reproduce: venv  ## all notebooks, trained anew into results/local, then compare
 	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)') \
 	  $(if $(JOBS),--jobs '$(JOBS)')
 
-test: lint  ## every check: lint, types, layers, tests, notebooks, drift of what they write
+test: lint  ## every check: lint, tests, notebooks, drift of what they write
 	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
-lint: venv  ## format, lint, types and layers only
+lint: venv  ## format, lint, types, layers and the CI workflow only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+lock:  ## maintainers: requirements.lock from pyproject.toml, with hashes; needs uv; UPGRADE=1 takes newer versions
+	uv pip compile --universal --all-extras --python-version 3.11.4 --generate-hashes --no-header --no-annotate \
+	  $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements.lock
 
 report: venv  ## the notebooks run in place: tables, figures and README numbers from the committed records
 	$(BIN)/mcar report

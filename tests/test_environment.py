@@ -17,7 +17,9 @@ from mcar_lib.runs.environment import PeakMemory, describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PINS = [Requirement(line) for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()]
+# A pin and the hashes of its files, which stand on lines of their own.
+LOCK = re.findall(r"^(\S.*?) \\\n((?:    --hash=\S+(?: \\)?\n)+)", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
+PINS = [Requirement(pin) for pin, _ in LOCK]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
 # In two parts, so that this file does not name them.
 REGISTRY_HOSTS = ("pypi." + "org", "pythonhosted." + "org", "anaconda." + "org", "pytorch." + "org/whl")
@@ -42,6 +44,13 @@ def test_each_lock_line_is_one_exact_version() -> None:
     assert [str(pin) for pin in PINS if pin.url or not exact.fullmatch(str(pin.specifier))] == []
 
 
+def test_every_line_of_the_lock_is_a_pin_with_its_hashes() -> None:
+    """pip then takes no file that is not one of those the lock was made from."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if not line.startswith("    --hash=")] == [f"{pin} \\" for pin, _ in LOCK]
+    assert [line for line in re.findall(r"--hash=\S+", text) if not re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line)] == []
+
+
 def test_the_lock_has_each_package_once() -> None:
     names = [canonicalize_name(pin.name) for pin in PINS]
     assert len(names) == len(set(names))
@@ -49,8 +58,7 @@ def test_the_lock_has_each_package_once() -> None:
 
 def test_conda_installs_the_very_same_pins() -> None:
     pip_section = next(entry["pip"] for entry in CONDA if isinstance(entry, dict))
-    assert "-r requirements.lock" in pip_section
-    assert [line for line in pip_section if not line.startswith("-")] == []
+    assert pip_section == ["-r requirements.lock"]  # nothing without a hash may stand beside what has them
     assert [entry for entry in CONDA if isinstance(entry, str) and entry != "pip"] == [f"python={conda_python()}"]
 
 
