@@ -17,9 +17,8 @@ from mcar_lib.runs.environment import PeakMemory, describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# A pin and the hashes of its files, which stand on lines of their own.
-LOCK = re.findall(r"^(\S.*?) \\\n((?:    --hash=\S+(?: \\)?\n)+)", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
-PINS = [Requirement(pin) for pin, _ in LOCK]
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+PINS = [Requirement(line.removesuffix(" \\")) for line in LOCK if not line.startswith(" ")]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
 # In two parts, so that this file does not name them.
 REGISTRY_HOSTS = ("pypi." + "org", "pythonhosted." + "org", "anaconda." + "org", "pytorch." + "org/whl")
@@ -46,9 +45,10 @@ def test_each_lock_line_is_one_exact_version() -> None:
 
 def test_every_line_of_the_lock_is_a_pin_with_its_hashes() -> None:
     """pip then takes no file that is not one of those the lock was made from."""
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    assert [line for line in text.splitlines() if not line.startswith("    --hash=")] == [f"{pin} \\" for pin, _ in LOCK]
-    assert [line for line in re.findall(r"--hash=\S+", text) if not re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line)] == []
+    entries = re.split(r"\n(?! )", "\n".join(LOCK))
+    one = re.compile(r"\S[^\n]* \\(\n    --hash=sha256:[0-9a-f]{64}( \\|$))+")
+    assert len(entries) == len(PINS)
+    assert [entry for entry in entries if not one.fullmatch(entry)] == []
 
 
 def test_the_lock_has_each_package_once() -> None:
