@@ -4,10 +4,11 @@ PYTHON ?= python3
 PROFILE ?= mini
 ONLY ?=
 DATA_ROOT ?=
+REPOSITORY ?=
 JOBS ?=
 BIN := .venv/bin
 
-.PHONY: help venv reproduce test report publish lint lock notebook clean
+.PHONY: help venv reproduce test report publish lint lock colab notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +52,9 @@ report: venv  ## the notebooks run in place: tables, figures and README numbers 
 
 publish: venv  ## maintainers: results/local becomes the committed results
 	$(BIN)/mcar publish --profile '$(PROFILE)'
+
+colab: venv  ## maintainers: badges that open notebooks on Colab; REPOSITORY=https://github.com/OWNER/NAME
+	$(BIN)/python -m mcar_lib.notebooks.colab '$(REPOSITORY)' 02 09
 
 notebook: venv  ## JupyterLab on the notebooks
 	$(BIN)/jupyter-lab notebooks
