@@ -74,6 +74,6 @@ def _with_cell(text: str, address: str) -> str:
 
 if __name__ == "__main__":
     try:
-        open_on_colab(needed_checkout("make colab"), *sys.argv[1:2] or [""], sys.argv[2:])
+        open_on_colab(needed_checkout("make colab"), sys.argv[1] if sys.argv[1:] else "", sys.argv[2:])
     except ConfigError as error:
         sys.exit(f"error: {error}")
