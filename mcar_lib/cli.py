@@ -613,6 +613,7 @@ def data(
 ) -> None:
     """get: fetch voc2007, voc2012 or coco2014, going on where a transfer broke. check, prepare: read every image and
     label, print what is in it and what of the published data set is missing; scenes are composed if need be."""
+    from mcar_lib.data import DATA_SETS
     from mcar_lib.data.download import get_data_set
     from mcar_lib.data.published import check_data_set
     from mcar_lib.runs import Runs
@@ -620,8 +621,9 @@ def data(
     if name and dataset and name != dataset:
         raise typer.BadParameter(f"two data sets: {name} and --dataset {dataset}")
     chosen = name or dataset
-    if not chosen:
-        raise typer.BadParameter(f"which data set? mcar data {action} voc2007, for example")
+    if chosen is None or chosen not in DATA_SETS:
+        which = f"unknown data set {chosen!r}" if chosen else "which data set"
+        raise typer.BadParameter(f"{which}? mcar data {action} voc2007, for example; there are {', '.join(DATA_SETS)}")
     splits = Runs(data_root=data_root, artifacts=artifacts).splits
     root = splits.root_of(chosen)
     if action is Action.GET:

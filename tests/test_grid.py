@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from mcar_lib.errors import RESUMABLE, ConfigError, TrainingError
-from mcar_lib.runs import Failure, Profile, Record, RunConfig, Runs, find_or_train, grid, load_profile
+from mcar_lib.runs import Failure, Profile, Record, RunConfig, Runs, find_or_train, grid, load_profile, memory
 from mcar_lib.runs.grid import JOBS, asked_at_once, relative_cost, runs_at_once
 from mcar_lib.runs.memory import GIB, estimated_memory, left_by_limits, side_by_side
 
@@ -203,6 +204,20 @@ def test_an_estimate_is_near_what_was_measured() -> None:
     measured = {5.6: run, 2.3: run.vary(image_size=128), 2.0: run.vary(local_stream=False)}
     for gib, config in measured.items():
         assert gib < estimated_memory(config, 911) / GIB < 1.35 * gib
+
+
+def test_a_run_that_seems_too_large_is_told_before_it_is_trained(
+    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(memory, "free_memory", lambda: GIB)
+    runs.verbose = True
+    runs.run(tiny_config)
+    told = capsys.readouterr().out
+    assert re.search(r"takes about 1\.[0-9] GiB of memory, and 1\.0 are free; a smaller image_size", told)
+    monkeypatch.setattr(memory, "free_memory", lambda: 4 * GIB)
+    runs.run(tiny_config.vary(seed=1))
+    assert "of memory" not in capsys.readouterr().out
 
 
 def test_a_container_s_limit_leaves_what_it_leaves(tmp_path: Path) -> None:

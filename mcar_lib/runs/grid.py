@@ -107,8 +107,7 @@ def _within_memory(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> in
 def _memory(runs: Runs, config: RunConfig) -> int:
     """About what a run takes, in bytes; 0 where it cannot be told, or the run will not start."""
     try:
-        data = runs.data(config)
-        return estimated_memory(config, len(data.train) + (0 if data.scored is None else len(data.scored)))
+        return estimated_memory(config, runs.data(config).num_images)
     except (MCARError, RuntimeError, NotImplementedError):  # the last two: tensors without content cannot do everything
         return 0
 

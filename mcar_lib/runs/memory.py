@@ -83,6 +83,20 @@ def left_by_limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Pat
         yield max(0, limit - taken + cached)
 
 
+def shortage(config: RunConfig, images: int) -> str | None:
+    """What to say of a run that seems to need more memory than is free; None where it does not, and on a GPU, which has
+    a way out (see Execution.recompute)."""
+    if torch.cuda.is_available():
+        return None
+    needed, free = estimated_memory(config, images), free_memory()
+    if needed <= free:
+        return None
+    return (
+        f"{config.label} takes about {needed / GIB:.1f} GiB of memory, and {free / GIB:.1f} are free; a smaller "
+        "image_size, batch_size or num_regions takes less"
+    )
+
+
 def side_by_side(needed: Sequence[int], free: int) -> int:
     """How many runs that need so many bytes each may be trained at once, whichever they are: one at least."""
     sums = itertools.accumulate(sorted(needed, reverse=True))
