@@ -4,16 +4,18 @@ PYTHON ?= python3
 PROFILE ?= mini
 ONLY ?=
 DATA_ROOT ?=
-JOBS ?= 2
+REPOSITORY ?=
+JOBS ?=
 BIN := .venv/bin
 
-.PHONY: help venv reproduce test report publish lint notebook clean
+.PHONY: help venv reproduce test report publish lint lock colab notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  JOBS=2  PYTHON=python3.11'
+	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  PYTHON=python3.11'
+	@echo '         JOBS=N: of reproduce, runs trained at once (as cores and memory allow); of test, test processes (2)'
 
 venv: .venv/.installed  ## the environment in .venv, exactly as pinned
 
@@ -27,22 +29,32 @@ venv: .venv/.installed  ## the environment in .venv, exactly as pinned
 	@touch $@
 
 reproduce: venv  ## all notebooks, trained anew into results/local, then compared with the committed results
-	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
+	$(BIN)/mcar reproduce --profile '$(PROFILE)' $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)') \
+	  $(if $(JOBS),--jobs '$(JOBS)')
 
-test: lint  ## every check: lint, types, layers, tests, notebooks, drift of what they write
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: lint  ## every check: lint, tests, notebooks, drift of what they write
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
-lint: venv  ## format, lint, types and layers only
+lint: venv  ## format, lint, types, layers and the CI workflow only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+lock:  ## maintainers: requirements.lock from pyproject.toml, with hashes; needs uv; UPGRADE=1 takes newer versions
+	uv pip compile --universal --all-extras --python-version 3.11.4 --generate-hashes --no-header --no-annotate \
+	  $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements.lock
 
 report: venv  ## the notebooks run in place: tables, figures and README numbers from the committed records
 	$(BIN)/mcar report
 
 publish: venv  ## maintainers: results/local becomes the committed results
 	$(BIN)/mcar publish --profile '$(PROFILE)'
+
+colab: venv  ## maintainers: badges that open notebooks on Colab; REPOSITORY=https://github.com/OWNER/NAME
+	$(BIN)/python -m mcar_lib.notebooks.colab '$(REPOSITORY)' 02 09
 
 notebook: venv  ## JupyterLab on the notebooks
 	$(BIN)/jupyter-lab notebooks

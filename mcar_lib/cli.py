@@ -59,6 +59,9 @@ RELEASED = (
 )
 
 
+WIDEST = 400  # columns of a table that goes to a file or another program: a row is a line there
+
+
 class Commands(TyperGroup):
     """Turns this project's errors into one message and an exit code; anything else is a bug and keeps its traceback."""
 
@@ -179,6 +182,16 @@ Artifacts = Annotated[
 ]
 Release = Annotated[
     bool, typer.Option("--release", help="The checkpoint is one of the paper's release; its name says its settings.")
+]
+
+
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="MCAR_JOBS",
+        help="Runs trained side by side, at most (as many as the cores allow); fewer where memory does not hold them.",
+    ),
 ]
 
 
@@ -307,11 +320,12 @@ def reproduce(
     results: ResultsFolder = None,
     data_root: DataRoot = None,
     artifacts: Artifacts = None,
+    jobs: Jobs = None,
 ) -> None:
     """Run the notebooks, then compare what they computed here with what is committed."""
     from mcar_lib.notebooks.jobs import reproduce
 
-    reproduce(profile, only or [], results, data_root, artifacts=artifacts)
+    reproduce(profile, only or [], results, data_root, artifacts=artifacts, jobs=jobs)
 
 
 @app.command()
@@ -340,17 +354,30 @@ def plan(
         list[str] | None,
         typer.Option(help="Million million MACs a second, T or BACKBONE=T; repeatable. Adds the hours of each run."),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Where the profile has rows: the runs of its studies as well.")
+    ] = False,
 ) -> None:
-    """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed."""
-    from mcar_lib.runs import load_profile
-    from mcar_lib.runs.plan import TESTS_LINE, parse_throughput, plan
+    """Print the runs of a profile with what they cost: images, steps, operations, and hours at a given speed.
 
-    speeds, runs = parse_throughput(throughput or []), plan(load_profile(profile), profile)
+    Of a profile with rows these are its rows; of any other all runs: both models, what they are compared with, the
+    ablations, and the tuning of their rates."""
+    from mcar_lib.runs import load_profile
+    from mcar_lib.runs.plan import TESTS_LINE, TUNING_LINE, all_runs, parse_throughput, plan, total_line
+
+    speeds, chosen = parse_throughput(throughput or []), load_profile(profile)
+    runs = plan(chosen, profile, everything or not chosen.rows)
     cells = [run.cells(speeds) for run in runs]
-    _print_table(cells[0], [list(row.values()) for row in cells])
+    shown = [name for name in cells[0] if any(row[name] is not None for row in cells)]
+    _print_table(shown, [[row[name] for name in shown] for row in cells])
     typer.echo(TESTS_LINE)
+    if chosen.tuning:
+        typer.echo(TUNING_LINE)
     for run in runs:
         typer.echo(run.command)
+    typer.echo(total_line(runs, speeds))
+    if left := len(all_runs(chosen)) - len(runs):
+        typer.echo(f"left out: {left} runs of the studies; --all shows them")
 
 
 @app.command()
@@ -503,6 +530,7 @@ def grid(
     cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores of a run.")] = None,
     partition: Annotated[str | None, typer.Option(help="slurm: the partition of the jobs.")] = None,
     wait: Annotated[bool | None, typer.Option("--wait", help="slurm: until all runs are done or failed.")] = None,
+    jobs: Jobs = None,
     results: ResultsFolder = None,
     data_root: DataRoot = None,
     artifacts: Artifacts = None,
@@ -526,6 +554,8 @@ def grid(
     given = {name: value for name, value in options.items() if value is not None}
     if on is Place.LOCAL and given:
         raise typer.BadParameter(f"--{next(iter(given))} is for --on slurm")
+    if on is Place.SLURM and jobs and not os.environ.get("MCAR_JOBS"):
+        raise typer.BadParameter("--jobs is for this machine; Slurm says how many jobs run at once")
     own = results.resolve() if results else project_root() / "results" / "local"
     runs = Runs(profile, own, data_root, artifacts)
     asked = named_runs(runs.profile, [row.strip() for text in rows or () for row in text.split(",")])
@@ -533,13 +563,13 @@ def grid(
         from mcar_lib.runs import cluster
 
         given.pop("wait", None)
-        jobs = cluster.submit(runs, asked, profile, cluster.Resources(**given))
-        typer.echo(f"{len(jobs)} jobs; logs: {runs.artifacts / 'slurm'}; next: mcar status")
+        submitted = cluster.submit(runs, asked, profile, cluster.Resources(**given))
+        typer.echo(f"{len(submitted)} jobs; logs: {runs.artifacts / 'slurm'}; next: mcar status")
         if not wait:
             return
-        outcomes = cluster.wait(runs, asked, jobs)
+        outcomes = cluster.wait(runs, asked, submitted)
     else:
-        outcomes = find_or_train(runs, [each.config for each in asked])
+        outcomes = find_or_train(runs, [each.config for each in asked], jobs)
     for each, outcome in zip(asked, outcomes, strict=True):
         typer.echo(f"{each.name}: {printable(outcome_told(outcome))}")
     if any(isinstance(outcome, Failure) for outcome in outcomes):
@@ -726,6 +756,7 @@ def data(
 ) -> None:
     """get: fetch voc2007, voc2012 or coco2014, going on where a transfer broke. check, prepare: read every image and
     label, print what is in it and what of the published data set is missing; scenes are composed if need be."""
+    from mcar_lib.data import DATA_SETS
     from mcar_lib.data.download import get_data_set
     from mcar_lib.data.published import check_data_set
     from mcar_lib.runs import Runs
@@ -733,8 +764,9 @@ def data(
     if name and dataset and name != dataset:
         raise typer.BadParameter(f"two data sets: {name} and --dataset {dataset}")
     chosen = name or dataset
-    if not chosen:
-        raise typer.BadParameter(f"which data set? mcar data {action} voc2007, for example")
+    if chosen is None or chosen not in DATA_SETS:
+        which = f"unknown data set {chosen!r}" if chosen else "which data set"
+        raise typer.BadParameter(f"{which}? mcar data {action} voc2007, for example; there are {', '.join(DATA_SETS)}")
     splits = Runs(data_root=data_root, artifacts=artifacts).splits
     root = splits.root_of(chosen)
     if action is Action.GET:
@@ -797,7 +829,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Sequence[object]]) -> No
         table.add_column(_cell(name), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
-    Console(width=160 if plain else None, markup=False, highlight=False).print(table)
+    Console(width=WIDEST if plain else None, markup=False, highlight=False).print(table)
 
 
 def _cell(value: object) -> str:

@@ -163,6 +163,9 @@ def test_an_interrupt_exits_with_130(profile: Path, monkeypatch: pytest.MonkeyPa
         (("evaluate", "--release"), 2, "--checkpoint"),
         (("reproduce", "--only", "99"), 2, "02_training"),
         (("data", "check", "--dataset", "voc2007", "--data-root", "/nonsense"), 3, "/nonsense"),
+        (("train", "--set", "lr=0.1"), 2, "lr: no such key; did you mean learning_rate? There are epochs, "),
+        (("data", "check", "voc2008"), 2, "unknown data set 'voc2008'"),
+        (("grid", "--on", "slurm", "--jobs", "2"), 2, "--jobs is for this machine"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -17,7 +17,8 @@ from mcar_lib.runs.environment import PeakMemory, describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PINS = [Requirement(line) for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()]
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+PINS = [Requirement(line.removesuffix(" \\")) for line in LOCK if not line.startswith(" ")]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
 # In two parts, so that this file does not name them.
 REGISTRY_HOSTS = ("pypi." + "org", "pythonhosted." + "org", "anaconda." + "org", "pytorch." + "org/whl")
@@ -42,15 +43,25 @@ def test_each_lock_line_is_one_exact_version() -> None:
     assert [str(pin) for pin in PINS if pin.url or not exact.fullmatch(str(pin.specifier))] == []
 
 
-def test_the_lock_has_each_package_once() -> None:
-    names = [canonicalize_name(pin.name) for pin in PINS]
+def test_every_line_of_the_lock_is_a_pin_with_its_hashes() -> None:
+    """pip then takes no file that is not one of those the lock was made from."""
+    entries = re.split(r"\n(?! )", "\n".join(LOCK))
+    one = re.compile(r"\S[^\n]* \\(\n    --hash=sha256:[0-9a-f]{64}( \\|$))+")
+    assert len(entries) == len(PINS)
+    assert [entry for entry in entries if not one.fullmatch(entry)] == []
+
+
+@pytest.mark.parametrize("python", ["3.11.4", "3.12.0", "3.13.0", "3.14.0"])
+def test_the_lock_has_each_package_once_for_each_python(python: str) -> None:
+    environment = {"python_full_version": python, "python_version": python.rpartition(".")[0]}
+    there = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(environment)]
+    names = [canonicalize_name(pin.name) for pin in there]
     assert len(names) == len(set(names))
 
 
 def test_conda_installs_the_very_same_pins() -> None:
     pip_section = next(entry["pip"] for entry in CONDA if isinstance(entry, dict))
-    assert "-r requirements.lock" in pip_section
-    assert [line for line in pip_section if not line.startswith("-")] == []
+    assert pip_section == ["-r requirements.lock"]  # nothing without a hash may stand beside what has them
     assert [entry for entry in CONDA if isinstance(entry, str) and entry != "pip"] == [f"python={conda_python()}"]
 
 

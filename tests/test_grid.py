@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
-from mcar_lib.errors import RESUMABLE, TrainingError
-from mcar_lib.runs import Failure, Profile, Record, RunConfig, Runs, find_or_train, grid, load_profile
-from mcar_lib.runs.grid import relative_cost, runs_at_once
+from mcar_lib.errors import RESUMABLE, ConfigError, TrainingError
+from mcar_lib.runs import Failure, Profile, Record, RunConfig, Runs, find_or_train, grid, load_profile, memory
+from mcar_lib.runs.grid import JOBS, asked_at_once, relative_cost, runs_at_once
+from mcar_lib.runs.memory import GIB, estimated_memory, left_by_limits, side_by_side
 
 OpenRuns = Callable[..., Runs]
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +115,122 @@ def test_as_many_runs_at_once_as_cores_allow(
 def test_a_gpu_trains_one_run_at_a_time(tiny_profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert runs_at_once(tiny_profile.model_copy(update={"threads": 1})) == 1
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many runs at once each grid takes; none is trained."""
+    asked: list[int] = []
+
+    def train_none(runs: Runs, configs: list[RunConfig], at_once: int) -> list[tuple[RunConfig, str | None]]:
+        asked.append(at_once)
+        return [(config, "not now") for config in configs]
+
+    monkeypatch.setattr(grid, "_train_all", train_none)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv(JOBS, raising=False)
+    return asked
+
+
+@pytest.mark.parametrize(("free", "at_once"), [(100, 3), (14, 2), (7, 1), (1, 1)])
+def test_no_more_runs_at_once_than_memory_holds(
+    free: int,
+    at_once: int,
+    started: list[int],
+    runs: Runs,
+    tiny_config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(grid, "free_memory", lambda: free * GIB)
+    monkeypatch.setattr(grid, "estimated_memory", lambda config, images: 6 * GIB)
+    find_or_train(runs, [tiny_config.vary(seed=seed) for seed in range(4)], at_once=3)
+    assert started == [at_once]
+    told = f"3 runs at once would take about 18 GiB, and {free} are free: {at_once} at once"
+    assert (told in capsys.readouterr().out) == (at_once < 3)
+
+
+def test_runs_whose_memory_cannot_be_told_are_trained_all_the_same(
+    started: list[int], runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "free_memory", lambda: 10 * GIB)
+    runs.splits.data_root = None
+    elsewhere = tiny_config.vary(dataset="voc2007", data_options={})
+    find_or_train(runs, [elsewhere, elsewhere.vary(seed=1)], at_once=2)
+    assert started == [2]
+
+
+def test_the_environment_says_how_many_runs_a_notebook_trains_at_once(
+    started: list[int], runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(JOBS, "3")
+    runs.profile = runs.profile.model_copy(update={"threads": 1})
+    find_or_train(runs, [tiny_config.vary(seed=seed) for seed in range(4)])
+    assert started == [3]
+
+
+def test_runs_whose_threads_are_open_are_trained_one_by_one(
+    tiny_profile: Profile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(JOBS, "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert asked_at_once(tiny_profile.model_copy(update={"threads": 0})) == 1
+    assert "has no number of threads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-1", "1.5"])
+def test_a_number_of_runs_that_is_none_is_refused(
+    text: str, tiny_profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(JOBS, text)
+    with pytest.raises(ConfigError, match=f"{JOBS} is '{text}'"):
+        asked_at_once(tiny_profile)
+
+
+def test_memory_is_that_of_the_largest_runs_together() -> None:
+    assert [side_by_side([1, 6, 3], free) for free in (1, 7, 10, 12)] == [1, 1, 2, 3]
+
+
+def test_an_estimate_grows_with_what_a_step_holds(tiny_config: RunConfig) -> None:
+    more = [{"image_size": 96}, {"num_regions": 3}, {"batch_size": 16}, {"backbone": "mobilenet_v2"}]
+    assert all(estimated_memory(tiny_config.vary(**each), 40) > estimated_memory(tiny_config, 40) for each in more)
+    assert estimated_memory(tiny_config.vary(local_stream=False), 40) < estimated_memory(tiny_config, 40)
+    assert estimated_memory(tiny_config, 10**6) == estimated_memory(tiny_config)  # as many squares as memory may hold
+
+
+def test_an_estimate_is_near_what_was_measured() -> None:
+    """Dry runs over 911 photos: 5.6, 2.3 and 2.0 GiB."""
+    run = load_profile("photos").run
+    measured = {5.6: run, 2.3: run.vary(image_size=128), 2.0: run.vary(local_stream=False)}
+    for gib, config in measured.items():
+        assert gib < estimated_memory(config, 911) / GIB < 1.35 * gib
+
+
+def test_a_run_that_seems_too_large_is_told_before_it_is_trained(
+    runs: Runs, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(memory, "free_memory", lambda: GIB)
+    runs.verbose = True
+    runs.run(tiny_config)
+    told = capsys.readouterr().out
+    assert re.search(r"takes about 1\.[0-9] GiB of memory, and 1\.0 are free; a smaller image_size", told)
+    monkeypatch.setattr(memory, "free_memory", lambda: 4 * GIB)
+    runs.run(tiny_config.vary(seed=1))
+    assert "of memory" not in capsys.readouterr().out
+
+
+def test_a_container_s_limit_leaves_what_it_leaves(tmp_path: Path) -> None:
+    groups, job = tmp_path / "cgroup", tmp_path / "mounted" / "slurm" / "job"
+    job.mkdir(parents=True)
+    groups.write_text("0::/slurm/job\n")
+    content = {"memory.max": f"{8 * GIB}\n", "memory.current": f"{5 * GIB}\n"}
+    content["memory.stat"] = f"anon 9\ninactive_file {GIB}\n"
+    for name, text in content.items():
+        (job / name).write_text(text)
+        (job.parent / name).write_text("max\n" if name == "memory.max" else text)
+    assert list(left_by_limits(groups, tmp_path / "mounted")) == [4 * GIB]
+    assert list(left_by_limits(tmp_path / "none")) == []
 
 
 def test_more_regions_larger_inputs_and_more_epochs_cost_more(tiny_config: RunConfig) -> None:

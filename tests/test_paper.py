@@ -15,9 +15,9 @@ from mcar_lib.data.voc import VOC_CLASSES
 from mcar_lib.errors import ConfigError
 from mcar_lib.files import write_json
 from mcar_lib.notebooks.runner import DONE, run_notebook
-from mcar_lib.runs import RunConfig, Runs, load_profile
+from mcar_lib.runs import RunConfig, Runs, load_profile, read_records
 from mcar_lib.runs.measures import LABEL_METRICS, OPERATING_POINTS, STREAMS, count_macs
-from mcar_lib.runs.plan import key_of, parse_throughput, plan, published_map
+from mcar_lib.runs.plan import TUNING, all_runs, key_of, parse_throughput, plan, published_map
 from mcar_lib.runs.trainer import arithmetic_fingerprint, build_model, dry_run
 from mcar_lib.tables import read_published
 
@@ -131,6 +131,50 @@ def test_the_command_of_a_run_without_a_row_names_that_run() -> None:
         command, *settings = run.command.split(" --set ")
         assert command == "mcar train --profile smoke"
         assert smoke.run.vary(**parse_settings(settings)) == run.config
+
+
+@pytest.mark.parametrize("name", ["mini", "photos", "photos-coco"])
+def test_the_plan_has_every_run_that_was_made(name: str) -> None:
+    """Whatever rate it was tuned to: the plan is made before that."""
+
+    def known(config: RunConfig) -> str:
+        return config.vary(learning_rate=1.0).model_dump_json()
+
+    planned = {known(run.config) for run in all_runs(load_profile(name))}
+    made = {known(record.config): record.run_id for record in read_records(ROOT / "results" / name)}
+    assert made
+    assert [run_id for key, run_id in made.items() if key not in planned] == []
+
+
+def test_the_plan_has_no_run_twice_and_its_commands_name_its_runs() -> None:
+    photos = load_profile("photos")
+    runs = all_runs(photos)
+    assert len({run.config.model_dump_json() for run in runs}) == len(runs)
+    for run in runs:
+        assert photos.run.vary(**parse_settings(run.options[1::2])) == run.config
+
+
+def test_runs_that_tune_are_planned_on_the_lists_they_use() -> None:
+    tuning = [run for run in plan(load_profile("photos"), everything=True) if run.study == TUNING]
+    assert tuning
+    assert {(run.train_images, run.test_images) for run in tuning} == {(2501, 2510)}
+
+
+def test_the_plan_of_a_profile_without_rows_is_all_of_it() -> None:
+    done = CliRunner().invoke(app, ["plan", "--profile", "smoke", "--throughput", "0.02"], env={"COLUMNS": "300"})
+    runs = all_runs(load_profile("smoke"))
+    assert done.output.count("mcar train --profile smoke") == len(runs) > 2
+    total = done.output.splitlines()[-1]
+    assert total.startswith(f"{len(runs)} runs (main comparison 2, equal cost 5, ablation of pooling 2, ")
+    assert re.search(r"T MACs, [0-9.]+ hours one after another$", total)
+
+
+def test_the_plan_says_what_it_leaves_out() -> None:
+    left_out = len(all_runs(PAPER)) - len(PAPER.rows)
+    done = CliRunner().invoke(app, ["plan"], env={"COLUMNS": "200"})
+    assert done.output.splitlines()[-1] == f"left out: {left_out} runs of the studies; --all shows them"
+    assert done.output.splitlines()[-2].startswith("16 runs (rows 16): ")
+    assert "left out" not in CliRunner().invoke(app, ["plan", "--all"], env={"COLUMNS": "200"}).output
 
 
 def test_images_of_ones_own_cannot_be_planned() -> None:

@@ -43,6 +43,8 @@ def test_python_block_runs(block: str, tmp_path: Path) -> None:
     names: dict[str, object] = {"images": torch.zeros(2, 3, 64, 64)}
     exec(block, names)
     assert names["output"].scores.shape[1] == 20  # type: ignore[attr-defined]
+    models = [each for each in names.values() if isinstance(each, torch.nn.Module)]
+    assert not any(model.training for model in models)  # or scores would follow from what else is in the batch
 
 
 def test_links_lead_somewhere() -> None:

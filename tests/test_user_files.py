@@ -1,9 +1,6 @@
 """What belongs to the reader: where the project is, which paths are meant, and files that stay as they are."""
 
 import json
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -161,24 +158,3 @@ def test_publishing_removes_records_and_nothing_else(tmp_path: Path) -> None:
     others = _replace_records(runs, [fresh], "mini")
     assert sorted(path.name for path in runs.iterdir()) == ["cut.json", "new.json", "notes.txt", "other.json"]
     assert [path.name for path in others] == ["cut.json", "notes.txt", "other.json"]
-
-
-@pytest.mark.slow
-def test_a_wheel_holds_all_that_works_without_a_checkout(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    command = ["git", "checkout-index", "--all", f"--prefix={copy}/"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    options = ["--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(copy)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    kinds = (
-        "mcar_lib/profiles/*.toml",
-        "mcar_lib/data/*.toml",
-        "mcar_lib/runs/*.py",
-        "models/*",
-        "results/published/*",
-    )
-    for kind in kinds:
-        wanted = [f"mcar_lib/{path.parent.name}/{path.name}" for path in ROOT.glob(kind)]
-        assert wanted
-        assert set(wanted) <= set(names)

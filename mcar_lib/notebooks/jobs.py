@@ -18,6 +18,7 @@ from mcar_lib.notebooks.runner import DONE, FAILED, failed_output, run_in_place,
 from mcar_lib.progress import say
 from mcar_lib.runs import ONE_SEED, Runs, load_profile, points, read_records
 from mcar_lib.runs.claims import TOLD
+from mcar_lib.runs.grid import JOBS
 from mcar_lib.runs.records import RECORD_FORMAT, following, runs_of
 from mcar_lib.runs.trainer import arithmetic_fingerprint
 
@@ -48,11 +49,13 @@ def reproduce(
     data_root: Path | None,
     notebooks: Path | None = None,
     artifacts: Path | None = None,
+    jobs: int | None = None,
 ) -> None:
     """Runs the notebooks of a profile in order, which train what they need and write their tables, then compares.
 
     only: numbers or names of notebooks, none for all. results: the folder that gets <profile>/, default results/local.
-    artifacts: as for Runs. An executed notebook that somebody changed is moved aside, not overwritten.
+    artifacts: as for Runs. jobs: runs side by side, as at_once of mcar_lib.runs.find_or_train.
+    An executed notebook that somebody changed is moved aside, not overwritten.
     A notebook that fails does not keep the others from running; it is named in the MCARError that is raised at the end.
     One that ran here before, on the same cells, code, data and run records, is not run again.
     """
@@ -82,7 +85,7 @@ def reproduce(
         outputs = [made / path.name, failed_output(made / path.name)]
         for output in outputs:
             written.set_aside(f"notebooks/{output.name}")
-        with artifacts_for_notebooks(artifacts):
+        with environment_for_notebooks(artifacts, jobs):
             outcomes[path.stem] = run_notebook(path, made / path.name, values)
         for output in filter(Path.exists, outputs):
             written.note(f"notebooks/{output.name}")
@@ -95,18 +98,20 @@ def reproduce(
 
 
 @contextlib.contextmanager
-def artifacts_for_notebooks(artifacts: Path | None) -> Iterator[None]:
-    """What --artifacts says, for the notebooks that run meanwhile in processes of their own."""
-    earlier = os.environ.get("MCAR_ARTIFACTS")
-    if artifacts:
-        os.environ["MCAR_ARTIFACTS"] = str(user_path(artifacts).resolve())
+def environment_for_notebooks(artifacts: Path | None = None, jobs: int | None = None) -> Iterator[None]:
+    """What --artifacts and --jobs say, for the notebooks that run meanwhile in processes of their own."""
+    told = {JOBS: str(jobs)} if jobs else {}
+    told |= {"MCAR_ARTIFACTS": str(user_path(artifacts).resolve())} if artifacts else {}
+    earlier = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try:
         yield
     finally:
-        if earlier is None:
-            os.environ.pop("MCAR_ARTIFACTS", None)
-        else:
-            os.environ["MCAR_ARTIFACTS"] = earlier
+        for name, value in earlier.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _library() -> str:
@@ -276,7 +281,7 @@ def report(check: bool = False, artifacts: Path | None = None) -> None:
     from mcar_lib.tables import Generated, own_files
 
     root = needed_checkout("mcar report")
-    with artifacts_for_notebooks(artifacts), tempfile.TemporaryDirectory() as scratch:
+    with environment_for_notebooks(artifacts), tempfile.TemporaryDirectory() as scratch:
         if check:
             _raise_if_any([f"\n  {name}" for name in drifted(root)], "not what the records say; run mcar report")
             return

@@ -1,11 +1,12 @@
 """What one run is (RunConfig) and what a profile file says (Profile), checked before anything is read or trained."""
 
+import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +21,19 @@ from mcar_lib.training.recipe import Positive
 
 BASELINE, METHOD = "global baseline", "MCAR"
 Model = TypeVar("Model", bound=BaseModel)
+# What readers of the paper, and of other training scripts, call a key.
+OTHER_NAMES = {
+    **{"N": "num_regions", "topN": "num_regions", "tau": "threshold", "model": "backbone", "arch": "backbone"},
+    **{"img_size": "image_size", "bs": "batch_size", "wd": "weight_decay", "amp": "precision", "ema": "average_decay"},
+}
+# pydantic's kinds of a wrong type -> what is wanted, as TOML writes it.
+WANTED = {
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    **{"float_type": "a number", "bool_type": "true or false", "string_type": "a text"},
+    **{"tuple_type": "a list, as in [30, 50]", "dict_type": "a table, as in { side = 96 }"},
+}
+KINDS = ("int", "float", "str", "bool", "tuple[str, ...]")  # pydantic puts them behind a key that takes several kinds
+MOST_SHOWN = 60  # characters of a wrong value
 
 
 class RunConfig(Recipe):
@@ -135,6 +149,13 @@ class Tuning(BaseModel):
         if list(rates) != sorted(set(rates)):
             raise ValueError(f"rates must ascend, not {rates}")
         return rates
+
+
+def arm_of(config: RunConfig, tuning: Tuning) -> RunConfig:
+    """The run that a configuration's rate is chosen with. Runs that differ in nothing that changes which rate is right
+    share it: seed, which classes or whose boxes are looked at, tau."""
+    shared = {"selection": "top", "box_source": "maps", "threshold": 0.5, "learning_rate": tuning.rates[0]}
+    return config.vary(seed=tuning.seed, scored_on="val", **shared)
 
 
 class EqualCost(BaseModel):
@@ -260,7 +281,56 @@ def _validated(kind: type[Model], values: Mapping[str, object], where: str) -> M
     try:
         return kind.model_validate_json(json.dumps(values))  # JSON mode: a list may stand for a tuple
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(reasons)) from error
+        raise ConfigError(f"{where}: " + "; ".join(_told(kind, error))) from error
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _told(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """pydantic's findings as sentences: the key, what is wrong, and what may stand there."""
+    told: dict[str, str] = {}
+    for part in error.errors():
+        found, given = part["type"], _shown(part["input"])
+        path = [each for each in part["loc"] if found not in WANTED or each not in KINDS]
+        key = ".".join(map(str, path))
+        if found in WANTED and key in told:  # a key that takes several kinds
+            told[key] = told[key].replace(", not ", f" or {WANTED[found]}, not ", 1)
+        elif found in WANTED:
+            told[key] = f"give {WANTED[found]}, not {given}"
+        elif found == "extra_forbidden":
+            told[key] = f"no such key; {known_keys(str(path[-1]), _keys_at(kind, path[:-1]))}"
+        elif found == "missing":
+            told[key] = "this key is missing"
+        elif found == "value_error":  # our own sentence, which names the value where that helps
+            told[key] = part["msg"].removeprefix("Value error, ")
+        else:
+            told[key] = f"{part['msg']}, not {given}"
+    return [f"{key}: {sentence}" if key else sentence for key, sentence in told.items()]
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def known_keys(name: str, known: Sequence[str]) -> str:
+    """What to say of a key that is none: those that are meant most likely, and all there are."""
+    near = difflib.get_close_matches(name.lower(), known, n=2)
+    near += [key for key in known if name.lower() in ("".join(word[0] for word in key.split("_")), *key.split("_"))]
+    near = list(dict.fromkeys([OTHER_NAMES[name]] if OTHER_NAMES.get(name) in known else near))
+    there = ", ".join(known)
+    return f"did you mean {' or '.join(near)}? There are {there}" if near else f"there are {there}"
+
+
+def _keys_at(kind: type[BaseModel], path: Sequence[object]) -> list[str]:
+    """The keys of the table at a path of a file: ("run",) of a profile -> those of RunConfig."""
+    for part in path:
+        field = kind.model_fields.get(str(part))  # none for a name that the file gives: an axis, say
+        kind = (_model_in(field.annotation) if field else None) or kind
+    return list(kind.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model_in(each))), None)

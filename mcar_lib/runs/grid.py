@@ -1,8 +1,8 @@
 """Grids of runs: those that have no record yet are trained side by side, each in a process of its own.
 
 A run of a profile with threads = 1 leaves the other cores free, so a grid takes as many runs at once as there are
-cores, and its numbers do not depend on how many those are. The notebooks of `make reproduce` and `mcar grid` come here;
-a grid that a Slurm cluster trains goes through cluster.
+cores and as the free memory holds, and its numbers do not depend on how many those are. The notebooks of `make
+reproduce` and `mcar grid` come here; a grid that a Slurm cluster trains goes through cluster.
 """
 
 import contextlib
@@ -20,16 +20,18 @@ from typing import TextIO
 
 import torch
 
-from mcar_lib.errors import MCARError, Stopped, WeightsError
+from mcar_lib.errors import ConfigError, MCARError, Stopped, WeightsError
 from mcar_lib.progress import format_seconds, say
 from mcar_lib.runs.config import Profile, RunConfig
+from mcar_lib.runs.memory import GIB, estimated_memory, free_memory, side_by_side
 from mcar_lib.runs.records import Failure, Record
 from mcar_lib.runs.runs import Runs
 from mcar_lib.status import StatusFile
 from mcar_lib.training import Execution
 from mcar_lib.training.stopping import stop_request
 
-MAX_AT_ONCE = 8  # each holds one to two GiB
+MAX_AT_ONCE = 8  # unless more are asked for
+JOBS = "MCAR_JOBS"  # how many runs at once, where notebooks train them: they have no options
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0  # the step that a run is in, and its checkpoint
 STOPPED = "stopped; the same command goes on from its checkpoint"
@@ -40,7 +42,8 @@ def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None 
     """The record of each run in the order asked for; those that have none are trained, the longest first.
 
     A run that fails does not keep the others from being trained: it is told, and a Failure stands in its place.
-    at_once: runs side by side, by default as many as the cores allow.
+    at_once: runs side by side, by default what MCAR_JOBS says, else as many as the cores allow; fewer where the memory
+    that is free does not hold so many, which is told.
     """
     outcomes: dict[str, Record | Failure] = {}
     for config in configs:
@@ -52,7 +55,8 @@ def find_or_train(runs: Runs, configs: Sequence[RunConfig], at_once: int | None 
     for key, config in missing.items():
         with contextlib.suppress(MCARError):  # likewise
             marked[key] = runs.mark_waiting(config)
-    at_once = min(at_once or runs_at_once(runs.profile), max(len(missing), 1))
+    asked = at_once or asked_at_once(runs.profile) or runs_at_once(runs.profile)
+    at_once = _within_memory(runs, list(missing.values()), min(asked, max(len(missing), 1)))
     started, waiting = time.monotonic(), sorted(missing.values(), key=relative_cost, reverse=True)
     for done, (config, error) in enumerate(_train_all(runs, waiting, at_once), start=1):
         record = runs.find(config) if error is None else None
@@ -72,6 +76,40 @@ def runs_at_once(profile: Profile) -> int:
     import joblib  # it knows the limits of containers
 
     return max(1, min(MAX_AT_ONCE, joblib.cpu_count() // profile.threads))
+
+
+def asked_at_once(profile: Profile) -> int | None:
+    """What MCAR_JOBS in the environment says, None where it says nothing; one where side by side would change numbers:
+    on a CPU, runs of a profile that leaves the number of their threads open."""
+    if not (text := os.environ.get(JOBS)):
+        return None
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ConfigError(f"{JOBS} is {text!r} in the environment; give a number of runs, 1 or more")
+    if int(text) > 1 and not profile.threads and not torch.cuda.is_available():
+        say(f"profile {profile.name} has no number of threads, on which sums depend: its runs are trained one by one")
+        return 1
+    return int(text)
+
+
+def _within_memory(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> int:
+    """That many, or as many as the free memory holds; says so where these are fewer."""
+    if at_once == 1:
+        return 1
+    needed = sorted((_memory(runs, config) for config in configs), reverse=True)
+    free = free_memory()
+    fitting = min(at_once, side_by_side(needed, free))
+    if fitting < at_once:
+        wanted, there = (f"{each / GIB:.0f}" for each in (sum(needed[:at_once]), free))
+        say(f"{at_once} runs at once would take about {wanted} GiB, and {there} are free: {fitting} at once")
+    return fitting
+
+
+def _memory(runs: Runs, config: RunConfig) -> int:
+    """About what a run takes, in bytes; 0 where it cannot be told, or the run will not start."""
+    try:
+        return estimated_memory(config, runs.data(config).num_images)
+    except (MCARError, RuntimeError, NotImplementedError):  # the last two: tensors without content cannot do everything
+        return 0
 
 
 def relative_cost(config: RunConfig) -> float:
@@ -112,7 +150,7 @@ def _train_all(runs: Runs, configs: Sequence[RunConfig], at_once: int) -> Iterat
     try:
         with (
             stop_request(_tell_workers) as request,
-            joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads),
+            joblib.parallel_config("loky", inner_max_num_threads=runs.profile.threads or None),
         ):
             for index, error in joblib.Parallel(at_once, return_as="generator_unordered")(tasks):
                 if error != STOPPED:

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,27 +16,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcar_lib.backbones import build_backbone
+from mcar_lib.data import splits_of
 from mcar_lib.data.published import PUBLISHED
+from mcar_lib.data.voc import VOC_OFFICIAL_SIZES
 from mcar_lib.errors import ConfigError
 from mcar_lib.files import shipped
-from mcar_lib.runs.config import Profile, RunConfig
+from mcar_lib.runs.config import AxisName, Profile, RunConfig, arm_of
 
 BACKWARD = 2  # a backward pass costs about two forward passes: gradients of the inputs and of the weights
 TESTS_LINE = (
     "tests: what they add to the training, in hours or percent of it; --set evaluate_every=60 tests a run of 60 epochs "
     "at the end only, and then the best epoch is not known"
 )
+TUNING_LINE = (
+    "rates: mcar reproduce chooses them by the runs of the tuning, of which there are more where the best rate is the "
+    "last of the grid; the command of any other run trains it at the profile's own rate"
+)
+MAIN, EQUAL_COST, TUNING, ROWS = "main comparison", "equal cost", "tuning", "rows"  # studies; the others are ablations
 NUM_CLASSES = {"coco2014": 80}  # the others have VOC's 20
 Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
 class NamedRun:
-    """One run of a profile: its name, and the options by which `mcar train` knows it."""
+    """One run of a profile: its name, the options by which `mcar train` knows it, and what it is trained for."""
 
     name: str
     config: RunConfig
     options: tuple[str, ...]
+    study: str = MAIN
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class PlannedRun:
     test_images: int
     macs_per_image: int
     command: str
+    study: str = MAIN
 
     @property
     def steps(self) -> int:
@@ -94,37 +104,100 @@ class PlannedRun:
         """The run as a row of a table; hours in all only where there is a throughput."""
         return {
             "run": self.name,
+            "study": self.study,
             "published mAP %": self.published,
             "training images": f"{self.train_images:,}",
             "test images": f"{self.test_images:,}",
+            "epochs": self.config.epochs,
+            "rate": f"{self.config.learning_rate:g}",
             "steps": f"{self.steps:,}",
             "GMACs an image": self.macs_per_image / 1e9,
-            "EMACs in all": f"{self.macs / 1e18:.3f}",
+            "MACs in all": _counted(self.macs),
             "tests every epoch": self.tests(1, throughput),
             "at the end only": self.tests(self.config.epochs, throughput),
             **({"hours": self.hours(throughput)} if throughput else {}),
         }
 
 
-def plan(profile: Profile, named: str | None = None) -> list[PlannedRun]:
+def plan(profile: Profile, named: str | None = None, everything: bool = False) -> list[PlannedRun]:
     """The rows of a profile in the order of the published table, or its main comparison where it has no rows.
 
-    named: the profile as commands are to name it, a path say; by default its own name.
+    named: the profile as commands are to name it, a path say; by default its own name. everything: the runs of its
+    studies too, with those that tune their rates, each once.
     Raises ConfigError for a data set whose size is not known beforehand (one's own images).
     """
     published, command = published_map(), ("mcar", "train", "--profile", named or profile.name)
     folder = " --data-root DIR" if profile.rows else ""
     return [
         _planned(run, published.get(key_of(run.config)), shlex.join((*command, *run.options)) + folder)
-        for run in named_runs(profile)
+        for run in (all_runs(profile) if everything else named_runs(profile))
     ]
+
+
+def total_line(runs: Sequence[PlannedRun], throughput: Mapping[str, float]) -> str:
+    """How many runs there are, of each study, and what they cost together."""
+    counts = ", ".join(f"{name} {count}" for name, count in Counter(run.study for run in runs).items())
+    macs = f"{_counted(sum(run.macs for run in runs))} MACs"
+    hours = [run.hours(throughput) for run in runs]
+    known = [each for each in hours if each is not None]
+    if not known:
+        return f"{len(runs)} runs ({counts}): {macs}; with --throughput their hours"
+    left_out = f", without {len(hours) - len(known)} runs whose speed is not given" if len(known) < len(hours) else ""
+    return f"{len(runs)} runs ({counts}): {macs}, {sum(known):.2f} hours one after another{left_out}"
+
+
+def _counted(macs: int) -> str:
+    """1.5e15 -> '1.5 P'."""
+    unit, size = next((each for each in (("E", 1e18), ("P", 1e15)) if macs >= each[1]), ("T", 1e12))
+    return f"{macs / size:,.3g} {unit}"
+
+
+def all_runs(profile: Profile) -> list[NamedRun]:
+    """The rows of a profile and the runs of its studies, each once, under the first study that it is in."""
+    found = {run.config.model_dump_json(): run for run in named_runs(profile)} if profile.rows else {}
+    for study, configs in studies(profile).items():
+        for config in configs:
+            options = tuple(_settings(config, *_changed(config, profile.run)))
+            found.setdefault(config.model_dump_json(), NamedRun(config.label, config, options, study))
+    return list(found.values())
+
+
+def studies(profile: Profile) -> dict[str, list[RunConfig]]:
+    """The runs that a profile's notebooks compare, by study, at the rate that the profile fixes; last those that tune
+    the rates, where it has a tuning. What is only tested is no run."""
+    run = profile.run
+    found = {MAIN: [run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]}
+    if profile.equal_cost:
+        seeds = profile.equal_cost.seeds
+        found[EQUAL_COST] = [arm.vary(seed=seed) for arm in profile.equal_cost_arms().values() for seed in seeds]
+    for name in profile.ablations:
+        found[f"ablation of {name}"] = _ablation(profile, name)
+    if profile.tuning:
+        arms = [arm_of(config, profile.tuning) for configs in found.values() for config in configs]
+        found[TUNING] = [arm.vary(learning_rate=rate) for arm in arms for rate in profile.tuning.rates]
+    return found
+
+
+def _ablation(profile: Profile, name: AxisName) -> list[RunConfig]:
+    base, axis = profile.base(name), profile.axis(name)
+    arms = [base] if axis.tested_only else [base.vary(**{name: value}) for value in axis.values]
+    if name == "num_regions":  # the global stream has none
+        arms = [base.vary(local_stream=False), *arms]
+    elif name not in ("selection", "threshold"):  # these are MCAR's; of all else, both models are trained
+        arms = [arm.vary(local_stream=local) for local in (False, True) for arm in arms]
+    return [arm.vary(seed=seed) for arm in arms for seed in axis.seeds]
+
+
+def _changed(config: RunConfig, base: RunConfig) -> list[str]:
+    return [name for name in RunConfig.model_fields if getattr(config, name) != getattr(base, name)]
 
 
 def named_runs(profile: Profile, rows: Sequence[str] = ()) -> list[NamedRun]:
     """The rows of a profile, all or those named, in the order of the published table; its main comparison, both models
     with every seed, where it has no rows. Raises ConfigError for a row that it has not."""
     if profile.rows or rows:
-        runs = [NamedRun(name, profile.row(name), ("--row", name)) for name in dict.fromkeys(rows or profile.rows)]
+        names = dict.fromkeys(rows or profile.rows)
+        runs = [NamedRun(name, profile.row(name), ("--row", name), ROWS) for name in names]
     else:
         both = [profile.run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]
         runs = [NamedRun(each.label, each, tuple(_settings(each, "local_stream", "seed"))) for each in both]
@@ -168,13 +241,17 @@ def _planned(run: NamedRun, published: float | None, command: str) -> PlannedRun
     train, test = (_num_images(config, split) for split in ("train", "test"))
     macs = _macs(config.backbone, config.image_size, NUM_CLASSES.get(config.dataset, 20))
     passes = 1 + config.num_regions if config.local_stream else 1
-    return PlannedRun(run.name, config, published, train, test, passes * macs, command)
+    return PlannedRun(run.name, config, published, train, test, passes * macs, command, run.study)
 
 
 def _num_images(config: RunConfig, split: str) -> int:
-    count = config.data_options.get(f"num_{split}")  # scenes
+    count = config.data_options.get(f"num_{split}" if config.scored_on == "test" else "num_train")  # scenes
     if isinstance(count, int):
-        return count
+        val = count // 5  # of the training images
+        return count if config.scored_on == "test" else val if split == "test" else count - val
+    official = config.dataset[-4:], splits_of(config.dataset, config.scored_on)[split]
+    if config.scored_on == "val" and official in VOC_OFFICIAL_SIZES:
+        return VOC_OFFICIAL_SIZES[official]
     if (config.dataset, split) not in PUBLISHED:
         raise ConfigError(f"how many images {config.dataset} has is not known beforehand; plan a published data set")
     return PUBLISHED[config.dataset, split].images

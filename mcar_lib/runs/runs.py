@@ -20,6 +20,7 @@ from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
 from mcar_lib.runs.environment import PeakMemory
 from mcar_lib.runs.fingerprints import accepted
+from mcar_lib.runs.memory import shortage
 from mcar_lib.runs.outcome import Outcome, alone
 from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
 from mcar_lib.runs.splits import Data, Splits
@@ -151,6 +152,7 @@ class Runs:
             followed.enter_context(status.following(config.label, run_id, self.profile.name))
             if self.verbose:
                 say(f"training {config.label} ({run_id})")
+                self._tell_once(*self._memory_shortage(config))
             started, memory, threads = time.monotonic(), PeakMemory(), self.profile.threads
             mcar, state = train(self.splits, config, outcome, threads, self.execution, status.tell)
             names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "profile": self.profile.name}
@@ -167,6 +169,13 @@ class Runs:
                 return record
 
             return processes.broadcast_from_main(keep)
+
+    def _memory_shortage(self, config: RunConfig) -> list[str]:
+        """A line where a run seems to need more memory than is free."""
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # tensors without content cannot do everything
+            if short := shortage(config, self.data(config).num_images):
+                return [short]
+        return []
 
     def _check_places(self) -> None:
         made_folder(self.local_folder / "runs")

@@ -42,6 +42,11 @@ class Data:
     test_fingerprint: str
 
     @property
+    def num_images(self) -> int:
+        """Of both splits."""
+        return len(self.train) + (0 if self.scored is None else len(self.scored))
+
+    @property
     def keys(self) -> dict[str, str]:
         """Both fingerprints, as the keys of a run name them."""
         return {"train_data": self.train_fingerprint, "test_data": self.test_fingerprint}

@@ -6,7 +6,7 @@ from typing import Any
 
 from mcar_lib.metrics import best_threshold
 from mcar_lib.runs.comparisons import scores_of, tested
-from mcar_lib.runs.config import AxisName, RunConfig, Tuning
+from mcar_lib.runs.config import AxisName, RunConfig, Tuning, arm_of
 from mcar_lib.runs.grid import find_or_train
 from mcar_lib.runs.records import Failure, Record, Value
 from mcar_lib.runs.runs import Runs
@@ -36,13 +36,6 @@ class Arm:
         if self.best == high and high < tuning.rates[-1] * 2**tuning.widenings * 0.999:
             return [float(f"{high * 2:.6g}")]
         return []
-
-
-def arm_of(config: RunConfig, tuning: Tuning) -> RunConfig:
-    """The run that a configuration's rate is chosen with. Runs that differ in nothing that changes which rate is right
-    share it: seed, which classes or whose boxes are looked at, tau."""
-    shared = {"selection": "top", "box_source": "maps", "threshold": 0.5, "learning_rate": tuning.rates[0]}
-    return config.vary(seed=tuning.seed, scored_on="val", **shared)
 
 
 def arms(runs: Runs, configs: Sequence[RunConfig], train: bool = True) -> list[Arm]:
