@@ -53,7 +53,10 @@ default_role = "code"  # `name` in a docstring, as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!mcar_lib\b).*")]  # types of other libraries: their pages are elsewhere
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!mcar_lib\b).*"),  # types of other libraries: their pages are elsewhere
+    ("py:.*", r".*\._\w+|mcar_lib\.weights\..*"),  # what is private, and a file that is no part of the method
+]
 
 html_theme = "furo"
 html_theme_options = {"navigation_with_keys": True}
@@ -62,6 +65,7 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_extra_path = ["extra"]
 html_copy_source = False
+html_show_search_summary = False  # it would fetch each page found, which a browser refuses from disk
 html_show_sphinx = False
 html_show_copyright = False
 pygments_style = "a11y-high-contrast-light"
@@ -107,6 +111,12 @@ def drop_aliases(app: Sphinx, what: str, name: str, thing: object, options: obje
         lines.clear()
 
 
+def give_level(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
+    """Sphinx makes the captions of the menu headings and does not say of which level, which screen readers need."""
+    menu = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = menu.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 class DescribedFigures(SphinxTransform):
     """A picture that a notebook shows is named after the section that it stands in: it has no other description."""
 
@@ -139,6 +149,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.config.html_math_renderer = "mathml"
     app.connect("source-read", give_title)
     app.connect("autodoc-process-docstring", drop_aliases)
+    app.connect("html-page-context", give_level, priority=900)  # after the theme has made its menu
     app.add_transform(DescribedFigures)
     app.add_post_transform(PlainFolders)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
