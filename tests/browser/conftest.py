@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 IS_NEEDED = os.environ.get("MCAR_BROWSER") == "1"
 # Nothing of its own that reaches for the network, so that what is asked for is the page's doing.
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SERVER_STARTS_WITHIN = 60  # seconds
 
 
