@@ -48,7 +48,7 @@ publish: venv  ## maintainers: results/local becomes the committed results
 	$(BIN)/mcar publish --profile '$(PROFILE)'
 
 notebook: venv  ## JupyterLab on a start page that says what to click
-	$(BIN)/jupyter-lab --config notebooks/jupyter_lab_config.py
+	$(BIN)/jupyter-lab --config notebooks/.lab/jupyter_lab_config.py
 
 site: venv  ## the executed notebooks and results as pages that open from disk: site/_build/html/index.html
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html -c site -d site/_build/doctrees . site/_build/html

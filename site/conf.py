@@ -111,10 +111,13 @@ def drop_aliases(app: Sphinx, what: str, name: str, thing: object, options: obje
         lines.clear()
 
 
-def give_level(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
-    """Sphinx makes the captions of the menu headings and does not say of which level, which screen readers need."""
-    menu = context.get("furo_navigation_tree", "")
-    context["furo_navigation_tree"] = menu.replace('role="heading"', 'role="heading" aria-level="2"')
+def mend_lists(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
+    """What screen readers need and Sphinx leaves out: the level of the headings that it makes of captions, and that a
+    list within the list of modules is part of an item."""
+    if page == "_modules/index":
+        context["body"] = context["body"].replace("</li>\n<ul>", "<ul>").replace("</ul></ul>", "</ul></li></ul>")
+    for part in ("furo_navigation_tree", "body"):
+        context[part] = context.get(part, "").replace('role="heading"', 'role="heading" aria-level="2"')
 
 
 class DescribedFigures(SphinxTransform):
@@ -149,7 +152,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.config.html_math_renderer = "mathml"
     app.connect("source-read", give_title)
     app.connect("autodoc-process-docstring", drop_aliases)
-    app.connect("html-page-context", give_level, priority=900)  # after the theme has made its menu
+    app.connect("html-page-context", mend_lists, priority=900)  # after the theme has made its menu
     app.add_transform(DescribedFigures)
     app.add_post_transform(PlainFolders)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

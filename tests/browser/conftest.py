@@ -159,7 +159,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         "PYTHONPATH": str(ROOT),  # this checkout's library, from the folder of the copies
     }
     home.mkdir()
-    command = [sys.executable, "-m", "jupyterlab", "--config", str(ROOT / "notebooks/jupyter_lab_config.py")]
+    command = [sys.executable, "-m", "jupyterlab", "--config", str(ROOT / "notebooks/.lab/jupyter_lab_config.py")]
     options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
     with (top / "server.log").open("w") as log:
         server = subprocess.Popen([*command, *options], cwd=folder, env=environment, stdout=log, stderr=log)
@@ -187,6 +187,7 @@ def write_copies(folder: Path, results: Path) -> None:
     """The start page and the notebooks without outputs, with the parameters of smoke, as papermill sets them."""
     import nbformat
     import papermill
+    from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
     copies = folder / "notebooks"
@@ -196,7 +197,7 @@ def write_copies(folder: Path, results: Path) -> None:
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         declared = papermill.inspect_notebook(path)
         notebook = parameterize_notebook(
-            nbformat.read(path, as_version=4), {name: value for name, value in values.items() if name in declared}
+            load_notebook_node(str(path)), {name: value for name, value in values.items() if name in declared}
         )
         for cell in notebook.cells:
             if cell.cell_type == "code":
