@@ -44,13 +44,24 @@ def run_all(lab: Any, page: Any, name: str) -> None:
     error."""
     page.goto(lab.page_of(f"notebooks/{name}", workspace=name.partition("_")[0]))
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=STARTS_WITHIN)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=STARTS_WITHIN)
+    wait_for_kernel(lab, page)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     deadline = time.monotonic() + RUNS_WITHIN
     while (left := cells_left(lab, page, name)) and time.monotonic() < deadline:
         page.wait_for_timeout(1000)
     assert left == 0, f"{left} cells of {name} have not run after {RUNS_WITHIN} seconds"
+
+
+def wait_for_kernel(lab: Any, page: Any) -> None:
+    """Until the kernel waits for work and the page knows: before there is a kernel the page calls it idle, too."""
+    deadline = time.monotonic() + STARTS_WITHIN / 1000
+    while not any(
+        kernel["execution_state"] == "idle" and kernel["connections"] for kernel in lab.ask("GET", "kernels")
+    ):
+        assert time.monotonic() < deadline, "no kernel has started"
+        page.wait_for_timeout(300)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=STARTS_WITHIN)
 
 
 def cells_left(lab: Any, page: Any, name: str) -> int:
