@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_lab import run_all
+
+from .test_lab import run_all
 
 NAME = "12_explore.ipynb"
 pytestmark = pytest.mark.skipif(

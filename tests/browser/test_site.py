@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from site_links import dead_links
+
+from .site_links import dead_links
 
 PHONE = {"viewport": {"width": 390, "height": 844}}
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
