@@ -34,6 +34,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 SERVER_STARTS_WITHIN = 60  # seconds
+ANSWERS_WITHIN = 90_000  # milliseconds for a click or a page, on a machine that does other things too
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -95,6 +96,7 @@ def open_page(browser: "Browser") -> Iterator[Callable[..., Watched]]:
 
     def open_new(host: str = "", **options: Any) -> Watched:
         contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(ANSWERS_WITHIN)
         watched = Watched(contexts[-1].new_page())
         watched.page.on("console", watched.note_console)
         watched.page.on("pageerror", lambda error: watched.errors.append(str(error)))
@@ -131,7 +133,7 @@ class Lab:
         return f"{self.url}lab/workspaces/{workspace}/tree/{path}?token={self.token}"
 
     def ask(self, method: str, path: str) -> Any:
-        answer = requests.request(method, f"{self.url}api/{path}", params={"token": self.token}, timeout=30)
+        answer = requests.request(method, f"{self.url}api/{path}", params={"token": self.token}, timeout=120)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
