@@ -8,11 +8,11 @@ REPOSITORY ?=
 JOBS ?=
 BIN := .venv/bin
 
-.PHONY: help venv reproduce test report publish lint lock colab notebook clean
+.PHONY: help venv reproduce test test-browser report publish lint lock colab notebook site clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'Options: PROFILE=smoke|mini|photos|paper  ONLY=02,03  DATA_ROOT=DIR  PYTHON=python3.11'
 	@echo '         JOBS=N: of reproduce, runs trained at once (as cores and memory allow); of test, test processes (2)'
@@ -35,6 +35,9 @@ reproduce: venv  ## all notebooks, trained anew into results/local, then compare
 test: lint  ## every check: lint, tests, notebooks, drift of what they write
 	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
+test-browser: venv  ## the notebooks, the explorer and the site in Debian's chromium (apt-get install chromium)
+	MCAR_BROWSER=1 $(BIN)/python -m pytest tests/browser
+
 lint: venv  ## format, lint, types, layers and the CI workflow only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,8 +59,12 @@ publish: venv  ## maintainers: results/local becomes the committed results
 colab: venv  ## maintainers: badges that open notebooks on Colab; REPOSITORY=https://github.com/OWNER/NAME
 	$(BIN)/python -m mcar_lib.notebooks.colab '$(REPOSITORY)' 02 09
 
-notebook: venv  ## JupyterLab on the notebooks
-	$(BIN)/jupyter-lab notebooks
+notebook: venv  ## JupyterLab on a start page that says what to click
+	$(BIN)/jupyter-lab --config notebooks/.lab/jupyter_lab_config.py
+
+site: venv  ## the executed notebooks and results as pages that open from disk: site/_build/html/index.html
+	$(BIN)/sphinx-build -q -n -W --keep-going -b html -c site -d site/_build/doctrees . site/_build/html
+	@echo 'open site/_build/html/index.html'
 
 clean:  ## removes caches; environment, data, artifacts and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -56,19 +56,6 @@ def taken_memory() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
 
 
-def free_memory() -> int:
-    """Bytes that this process can still take: of the GPU where there is one, else of this machine, or of the container
-    that this process is in."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no such limit, "max" say
-        group = Path("/sys/fs/cgroup")
-        limit, taken = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
-        free = min(free, max(limit - taken, 0))
-    return free
-
-
 def describe_environment(threads: int = 0) -> dict[str, Any]:
     """The machine, the versions and the commit of a run, for its record; threads: of each process, 0 for torch's own.
 

@@ -11,7 +11,8 @@ from mcar_lib.errors import ConfigError, ResultsError
 from mcar_lib.files import content_id, read_json, write_json
 from mcar_lib.progress import format_seconds
 from mcar_lib.runs.config import RunConfig
-from mcar_lib.runs.environment import free_memory, taken_memory
+from mcar_lib.runs.environment import taken_memory
+from mcar_lib.runs.memory import free_memory
 from mcar_lib.runs.records import read_records
 from mcar_lib.runs.runs import Runs
 from mcar_lib.runs.trainer import DryRun, dry_run
