@@ -618,15 +618,24 @@ def export(
     output: Annotated[
         Path, typer.Option(**PATH, help="The .safetensors file to write; its model card goes beside it.")
     ],
+    run: Annotated[
+        str | None, typer.Option(help="The run's id, as mcar train and mcar status tell it, in place of its settings.")
+    ] = None,
 ) -> None:
     """Write a run's weights as a small fp16 file that mcar_lib.load reads, with a model card."""
     from mcar_lib.files import write_text
-    from mcar_lib.released import card_text, check_output, export_run, models_folder, percent
+    from mcar_lib.released import card_text, check_output, export_run, models_folder, percent, record_of
 
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
     check_output(output)
-    runs, config = asked.open()
+    if run:
+        if asked.profile or asked.row or asked.settings:
+            raise typer.BadParameter("--run says all of a run; leave --profile, --row and --set out")
+        record = record_of(run, asked.results)
+        runs, config = dataclasses.replace(asked, profile=record.content["profile"]).open()[0], record.config
+    else:
+        runs, config = asked.open()
     _trained_weights(runs, config)  # this command trains nothing
     about = export_run(runs, _record_of(runs, config), output.resolve()).about
     load = output.stem if output.resolve().parent == models_folder().resolve() else str(output)

@@ -232,16 +232,10 @@ def load_released(
 
 
 def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> ReleasedModel:
-    from mcar_lib.runs import read_records
     from mcar_lib.runs.trainer import load_model
 
-    root = project_root()
-    folders = [results] if results else [root / "results" / "local", root / "results"]
-    profiles = {record.parent.parent for folder in folders for record in folder.glob(f"*/runs/*{run_id}.json")}
-    record = next((each for folder in profiles for each in read_records(folder) if each.run_id == run_id), None)
-    if record is None:
-        raise WeightsError(f"no record of a run {run_id} in {', '.join(map(str, folders))}; mcar status lists runs")
-    place = artifacts or user_path(os.environ.get("MCAR_ARTIFACTS") or root / "artifacts")
+    record = record_of(run_id, results)
+    place = artifacts or user_path(os.environ.get("MCAR_ARTIFACTS") or project_root() / "artifacts")
     weights = place / "runs" / run_id / "model.safetensors"
     if not weights.is_file():
         raise WeightsError(
@@ -250,6 +244,19 @@ def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> Rele
     model = load_model(record.config, len(record.classes), weights).eval()
     threshold = record.content.get("decision_threshold", 0.5)
     return ReleasedModel(model, tuple(record.classes), record.config.image_size, record.content, threshold)
+
+
+def record_of(run_id: str, results: Path | None = None) -> "Record":
+    """The record of a run by its id, in the results folder that is named, else in the local and the committed ones.
+    Raises WeightsError if there is none."""
+    from mcar_lib.runs import read_records
+
+    folders = [results] if results else [project_root() / "results" / "local", project_root() / "results"]
+    profiles = {path.parent.parent for folder in folders for path in folder.glob(f"*/runs/*{run_id}.json")}
+    record = next((each for folder in profiles for each in read_records(folder) if each.run_id == run_id), None)
+    if record is None:
+        raise WeightsError(f"no record of a run {run_id} in {', '.join(map(str, folders))}; mcar status lists runs")
+    return record
 
 
 def read_header(path: Path) -> Header | None:
