@@ -27,6 +27,7 @@ from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import ConfigError, MCARError, printable
 from mcar_lib.figures import COLOURS, MODEL_COLOURS, ink_on
 from mcar_lib.model import MCAR, POOLINGS, Pooling, check_image_size, fuse
+from mcar_lib.pictures import Box, place_labels
 from mcar_lib.regions import SELECTIONS, Regions, Selection, attention_maps, class_marginals, crop_regions
 from mcar_lib.released import ReleasedModel
 from mcar_lib.runs import METHOD
@@ -310,25 +311,10 @@ def _draw_photo(picture: _Picture, view: View, y: float) -> None:
     for index, (x1, y1, x2, y2) in enumerate(places):
         sides = GAP + scale * x1, y + scale * y1, GAP + scale * x2, y + scale * y2
         picture.box(sides, outline=REGION_COLOURS[index])
-    corners = [(scale * x1, scale * y1) for x1, y1, _, _ in places]
-    for index, (right, down) in enumerate(_tag_places(corners)):
-        picture.tag(str(index + 1), GAP + right, y + down, REGION_COLOURS[index])
-
-
-def _tag_places(corners: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
-    """Where the number of each box goes, on the photo: its upper left corner, or the next free place to the right, then
-    below. Boxes often coincide, and none may hide the number of another."""
-    (wide, high), taken = TAG, list[tuple[int, int]]()
-    for x, y in corners:  # in whole pixels: a rounding error would make two neighbours touch for ever
-        left, down = min(round(x), PHOTO - wide), min(round(y), PHOTO - high)
-        right = left
-        while hit := [each for each in taken if abs(each[0] - right) < wide and abs(each[1] - down) < high]:
-            right = max(each[0] for each in hit) + wide
-            if right > PHOTO - wide:  # a line is full
-                right, down = left, down + high if down + 2 * high <= PHOTO else 0
-                left = 0
-        taken.append((right, down))
-    return taken
+    corners = [(round(scale * x1), round(scale * y1)) for x1, y1, _, _ in places]
+    for index, tag in enumerate(place_labels(corners, [TAG] * len(corners), Box(0, 0, PHOTO, PHOTO))):
+        if tag is not None:
+            picture.tag(str(index + 1), GAP + tag.x1, y + tag.y1, REGION_COLOURS[index])
 
 
 def _draw_region(picture: _Picture, view: View, index: int, x: float, y: float) -> None:

@@ -2,7 +2,6 @@
 
 import datetime
 import io
-import itertools
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -12,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis.strategies import floats, lists, tuples
 from PIL import Image
 from torch import Tensor
 
@@ -28,12 +25,10 @@ from mcar_lib.explorer import (
     MOST_REGIONS,
     PHOTO,
     REGION_COLOURS,
-    TAG,
     Choices,
     Exploration,
     View,
     _Explorer,
-    _tag_places,
     describe_view,
     draw_view,
     example_photos,
@@ -184,19 +179,6 @@ def view_of(boxes: list[list[int]], names: tuple[str, ...] = CLASSES) -> View:
     maps, crops = torch.zeros(count, 64, 64), black.expand(count, -1, -1, -1)
     choices = replace(OWN, num_regions=count)
     return View(choices, names, black, torch.tensor(boxes), torch.arange(count), maps, crops, scores, rows)
-
-
-@given(lists(tuples(floats(0, PHOTO), floats(0, PHOTO)), max_size=MOST_REGIONS))
-@example([(PHOTO / 224 * 197, 0.1)] * 8)
-@example([(0, 0)] * 8)
-@example([(PHOTO, PHOTO)] * 8)
-@example([(TAG[0], 0), (0, 0), (2, 3)])
-def test_the_number_of_a_region_is_hidden_by_no_other_and_lies_on_the_photo(corners: list[tuple[float, float]]) -> None:
-    places = _tag_places(corners)
-    assert len(places) == len(corners)
-    assert all(0 <= x <= PHOTO - TAG[0] and 0 <= y <= PHOTO - TAG[1] for x, y in places)
-    for (x, y), (left, up) in itertools.combinations(places, 2):
-        assert abs(x - left) >= TAG[0] or abs(y - up) >= TAG[1]
 
 
 def test_the_picture_shows_the_number_of_each_of_equal_boxes() -> None:
