@@ -428,6 +428,7 @@ def train(
 
     if data is None and (minutes or skip_unreadable):
         raise typer.BadParameter("--minutes and --skip-unreadable are for --data PATH")
+    places = {"results": asked.results, "artifacts": asked.artifacts}
     own = asked.results or project_root() / "results" / "local"
     how = {
         "checkpoint_minutes": checkpoint_minutes,
@@ -454,7 +455,7 @@ def train(
     else:
         typer.echo(f"{NO_TEST_LABELS}; next: mcar submit voc2012 {asked.as_options()}")
     if data is not None:
-        _print_own(runs, record, test)
+        _print_own(runs, record, test, places)
 
 
 def _own_run(
@@ -483,7 +484,7 @@ def _own_run(
     return runs, config, checked.own.parts.get("test")
 
 
-def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None") -> None:
+def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None", places: Mapping[str, Path | None]) -> None:
     from mcar_lib.runs.own import metrics_on
 
     threshold = record.content["decision_threshold"]
@@ -491,7 +492,8 @@ def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None") -> None:
     if test is not None:
         typer.echo(f"the same model on {test.title}, {len(test):,} images:")
         _print_metrics(metrics_on(runs, record, test), ["0.5"])
-    typer.echo(f"next: mcar predict --model {record.run_id} PHOTO --pictures DIR")
+    elsewhere = shlex.join(part for name, place in places.items() if place for part in (f"--{name}", str(place)))
+    typer.echo(f"next: mcar predict --model {record.run_id} PHOTO --pictures DIR {elsewhere}".rstrip())
 
 
 @app.command()
