@@ -489,6 +489,12 @@ def _print_own(runs: "Runs", record: "Record", test: "ImageSet | None", places: 
 
     threshold = record.content["decision_threshold"]
     typer.echo(f"labels are predicted from a score of {threshold:.2f}, of the highest OF1 on val")
+    behind = 100 * (record.map("global") - record.map())
+    if behind > 2:
+        typer.echo(
+            f"its global scores alone are {behind:.1f} points of mAP better than all together: on these photos the "
+            "second look does not help; --set local_stream=false trains without it, in less time"
+        )
     if test is not None:
         typer.echo(f"the same model on {test.title}, {len(test):,} images:")
         _print_metrics(metrics_on(runs, record, test), ["0.5"])

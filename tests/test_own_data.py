@@ -546,10 +546,10 @@ GIB = 2**30
     [
         ({}, (), 1e6, 100 * GIB, (224, 16, 4)),
         ({}, (), 1e6, GIB, (224, 8, 4)),  # 0.8 GiB at a batch of 16, of which 0.7 may be taken
-        ({}, (), 60, 100 * GIB, (96, 16, 4)),
+        ({}, (), 60, 100 * GIB, (128, 16, 3)),  # a larger square, and most of the 4 epochs that are wished
         ({}, (), 1, 100 * GIB, (96, 16, 3)),  # longer than asked, which is told
         ({}, ("image_size", "epochs"), 60, 100 * GIB, (448, 16, 60)),
-        ({"train_images": 40}, (), 1e6, 100 * GIB, (224, 16, 30)),
+        ({"train_images": 40}, (), 1e6, 100 * GIB, (224, 16, 20)),
         ({"memory": None}, (), 1e6, 0, (224, 16, 4)),
     ],
 )

@@ -20,7 +20,10 @@ from mcar_lib.training import processes
 
 PROPOSED = ("image_size", "batch_size", "epochs")
 SIZES, BATCHES = (224, 192, 160, 128, 96), (16, 8, 4)  # tried in this order
-STEPS, LEAST_EPOCHS, MOST_EPOCHS = 240, 4, 30  # enough steps to learn from, not more looks at few photos than help
+# Enough steps to learn from, not more looks at few photos than help. At equal cost a larger square with fewer epochs
+# was better than more epochs at 96 px, down to some 11 of them (benchmarks/own_photos.md).
+STEPS, LEAST_EPOCHS, MOST_EPOCHS = 136, 4, 20
+ENOUGH = 0.65  # of the epochs that are wished, for a larger square
 TOO_SHORT = 3  # epochs below which nothing is proposed, whatever the wish
 MINUTES = 5.0
 MEMORY_SHARE = 0.7  # of what is free: the prediction is coarse, and others need some
@@ -140,8 +143,9 @@ def _chosen(
             "end other programs, or choose a smaller image_size or batch_size, or --recompute"
         )
     for size, batch in fitting:
-        epochs = config.epochs if "epochs" in fixed else _epochs(cost.train_images, batch)
-        if epochs * cost.epoch_seconds(size) <= seconds:
+        wished = config.epochs if "epochs" in fixed else _epochs(cost.train_images, batch)
+        epochs = wished if "epochs" in fixed else min(wished, int(seconds / cost.epoch_seconds(size)))
+        if epochs >= max(TOO_SHORT, ENOUGH * wished) and epochs * cost.epoch_seconds(size) <= seconds:
             break
     else:
         size, batch = fitting[-1]
