@@ -6,7 +6,7 @@
 DIR holds VOCdevkit/VOC2007. Of its test photos, of which voc-photos has seen none, two small sets are made: all 20
 classes (at most 128 photos to train on) and 4 classes (at most 64), the others to score. Every run of a set looks at
 about as many pixels. The rate of the profile own (0.1 x K / 20) stands beside another. Two seeds; the mean of both is
-told, mAP of the scored photos after the last epoch. On a GPU it takes three minutes. --rows: a line a run is kept there,
+told, mAP of the scored photos after the last epoch. On a GPU it takes three minutes. --rows: a line a run is kept,
 and what is there is not run again.
 """
 
