@@ -340,8 +340,8 @@ def without(record: Record, *place: str) -> str:
         (lambda record: without(record, "metrics", "best", "local", "at", "0.5", "CF1"), "CF1: Field required"),
         (lambda record: json.dumps({**record.content, "keys": [1]}), "keys: Input should be a valid dictionary"),
         (lambda record: json.dumps({**record.content, "history": []}), "its history has no epoch"),
-        (lambda record: json.dumps({**record.content, "config": {"colour": "red"}}), "colour: Extra inputs"),
-        (lambda record: json.dumps({**record.content, "config": {"epochs": "2"}}), "epochs: Input should be"),
+        (lambda record: json.dumps({**record.content, "config": {"colour": "red"}}), "colour: no such key"),
+        (lambda record: json.dumps({**record.content, "config": {"epochs": "2"}}), "epochs: give a whole number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
