@@ -37,9 +37,9 @@ def test_command_knows_its_options(command: str) -> None:
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
-def test_python_block_runs(block: str, tmp_path: Path) -> None:
+def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_photo(tmp_path / "photo.jpg", side=80)
-    block = block.replace("photo.jpg", str(tmp_path / "photo.jpg"))
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"images": torch.zeros(2, 3, 64, 64)}
     exec(block, names)
     assert names["output"].scores.shape[1] == 20  # type: ignore[attr-defined]
