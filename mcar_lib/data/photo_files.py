@@ -1,7 +1,7 @@
 """Photos on disk: which files of a folder are some, and where a picture made of one goes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mcar_lib.errors import DataError
@@ -15,23 +15,39 @@ MADE_HERE = ".mcar"  # before the ending of a picture that was made of a photo
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """The files in a folder and below it whose name ends as a photo's does, in order; not hidden ones, such as those
-    that a Mac leaves beside each photo, and not pictures that were made here. Raises DataError if there are none."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.stem.endswith(MADE_HERE)
-    )
-    if not found:
-        raise DataError(f"{folder}: no photos in this folder; their names should end in {', '.join(ENDINGS)}")
-    return found
+    """The image files in a folder and the folders in it, in order of their paths; no picture that was made here."""
+    return list(_photos(folder))
+
+
+def has_photos(folder: Path) -> bool:
+    """Whether a folder, or one in it, holds an image file; looks no further than the first."""
+    return any(True for _ in _photos(folder))
+
+
+def _photos(folder: Path) -> Iterator[Path]:
+    for path in visible(folder):
+        if path.is_dir() and not path.is_symlink():  # a link may lead back here
+            yield from _photos(path)
+        elif path.suffix.lower() in ENDINGS and not path.stem.endswith(MADE_HERE) and path.is_file():
+            yield path
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, in order; not what systems hide or leave beside files (.DS_Store, ._name, __MACOSX)."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot look into this folder ({error.strerror or error})") from error
 
 
 def find_photos(places: Sequence[str | Path]) -> list[Path]:
     """Files, as they are named, and the photos of folders; none twice. Raises DataError for a folder without any."""
     found: dict[Path, None] = {}
     for place in map(user_path, places):
-        found |= dict.fromkeys(photos_in(place) if place.is_dir() else [place])
+        photos = photos_in(place) if place.is_dir() else [place]
+        if not photos:
+            raise DataError(f"{place}: no photos in this folder; their names should end in {', '.join(ENDINGS)}")
+        found |= dict.fromkeys(photos)
     return list(found)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mcar_lib.data.image_set import read_content
-from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, has_photos, joined, photos_in, visible
+from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, joined
+from mcar_lib.data.photo_files import has_photos, photos_in, visible
 from mcar_lib.data.table import normalized
 from mcar_lib.errors import DataError
 

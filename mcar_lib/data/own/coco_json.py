@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mcar_lib.data.coco import doubts_of_boxes, group_by_image, read_instances, round_outward
-from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, Object, joined, visible
+from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, Object, joined
+from mcar_lib.data.photo_files import visible
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.table import normalized
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcar_lib.data.own.listing import IMAGE_SUFFIXES, SPELLINGS, Listed, Listing, joined, visible
+from mcar_lib.data.own.listing import SPELLINGS, Listed, Listing, joined
+from mcar_lib.data.photo_files import ENDINGS, visible
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.table import Row, check_paths, check_separators, normalized
 from mcar_lib.errors import DataError
@@ -199,7 +200,7 @@ def _position(table: _File, name: str, option: str) -> int:
 
 def _names_photos(values: Sequence[str]) -> bool:
     looked = values[:50]
-    return 2 * sum(value.lower().endswith(IMAGE_SUFFIXES) for value in looked) > len(looked)
+    return 2 * sum(value.lower().endswith(ENDINGS) for value in looked) > len(looked)
 
 
 def _names_splits(table: _File, names: Sequence[str], name: str) -> bool:

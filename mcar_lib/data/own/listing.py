@@ -1,15 +1,9 @@
 """What every format of own data is read into: photos with labels, objects and split, and what was taken for what."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mcar_lib.errors import DataError
-
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif"),
-    *(".ppm", ".pgm"),
-)
 TRAIN, VAL, TEST = "train", "val", "test"
 PARTS = (TRAIN, VAL, TEST)
 SPELLINGS = {
@@ -56,32 +50,6 @@ class Listing:
     has_boxes: bool = False
     doubts: tuple[str, ...] = ()
     files: tuple[Path, ...] = field(default=(), repr=False)
-
-
-def photos_in(folder: Path) -> list[Path]:
-    """The image files in a folder and the folders in it, in order of their paths; what systems hide is none."""
-    return [path for path in _files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def has_photos(folder: Path) -> bool:
-    """Whether a folder, or one in it, holds an image file; looks no further than the first."""
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in _files_in(folder))
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    for path in visible(folder):
-        if path.is_dir() and not path.is_symlink():  # a link may lead back here
-            yield from _files_in(path)
-        elif path.is_file():
-            yield path
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a folder holds, in order; not what systems hide or leave beside files (.DS_Store, ._name, __MACOSX)."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot look into this folder ({error.strerror or error})") from error
 
 
 def joined(names: Sequence[str], most: int = 8) -> str:

@@ -4,18 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
-from mcar_lib.data.own.listing import (
-    IMAGE_SUFFIXES,
-    SPELLINGS,
-    TEST,
-    TRAIN,
-    VAL,
-    Listed,
-    Listing,
-    Object,
-    joined,
-    visible,
-)
+from mcar_lib.data.own.listing import SPELLINGS, TEST, TRAIN, VAL, Listed, Listing, Object, joined
+from mcar_lib.data.photo_files import ENDINGS, visible
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.table import normalized
 from mcar_lib.data.voc import TARGET_OF_LABEL, class_lists, read_corners, read_fields, read_ids, read_xml
@@ -134,5 +124,5 @@ def _photo(folder: Path, image_id: str, named: str | None = None) -> Path:
     usual = photos / f"{image_id}.jpg"
     if usual.is_file():
         return usual
-    names = [f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES] + ([Path(named).name] if named else [])
+    names = [f"{image_id}{suffix}" for suffix in ENDINGS] + ([Path(named).name] if named else [])
     return next((photos / name for name in names if (photos / name).is_file()), usual)

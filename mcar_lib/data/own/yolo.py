@@ -7,19 +7,8 @@ from typing import Any
 
 import yaml
 
-from mcar_lib.data.own.listing import (
-    PARTS,
-    SPELLINGS,
-    TEST,
-    TRAIN,
-    VAL,
-    Listed,
-    Listing,
-    Object,
-    joined,
-    photos_in,
-    visible,
-)
+from mcar_lib.data.own.listing import PARTS, SPELLINGS, TEST, TRAIN, VAL, Listed, Listing, Object, joined
+from mcar_lib.data.photo_files import photos_in, visible
 from mcar_lib.data.preparation import Problems
 from mcar_lib.data.table import normalized
 from mcar_lib.errors import DataError
