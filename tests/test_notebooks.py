@@ -22,6 +22,7 @@ PROFILES = sorted(path.parent.name for path in (ROOT / "results").glob("*/runs")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_stored_outputs_follow_from_the_committed_records() -> None:
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=900", "-p", "no:cacheprovider", "-q"]
     done = subprocess.run([*command, *map(str, NOTEBOOKS)], cwd=ROOT, capture_output=True, text=True, check=False)

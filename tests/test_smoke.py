@@ -11,6 +11,7 @@ TABLES = ("main_results", "ablation_pooling", "ablation_input_size", "ablation_b
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # all notebooks, beside as long a test
 def test_smoke_runs_every_notebook_and_a_second_time_trains_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
