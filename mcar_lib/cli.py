@@ -638,10 +638,11 @@ def export(
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
     check_output(output)
     if run:
-        if asked.profile or asked.row or asked.settings:
-            raise typer.BadParameter("--run says all of a run; leave --profile, --row and --set out")
+        if asked.row or asked.settings:
+            raise typer.BadParameter("--run says all of a run; leave --row and --set out")
         record = record_of(run, asked.results)
-        runs, config = dataclasses.replace(asked, profile=record.content["profile"]).open()[0], record.config
+        profile = asked.profile or record.content["profile"]
+        runs, config = dataclasses.replace(asked, profile=profile).open()[0], record.config
     else:
         runs, config = asked.open()
     _trained_weights(runs, config)  # this command trains nothing

@@ -401,11 +401,18 @@ def card_text(name: str, about: Mapping[str, Any], load: str | None = None) -> s
 def _told_of_choice(about: Mapping[str, Any]) -> str:
     if "chosen_on" not in about:
         return ""
-    names = "The learning rate, N, tau" if about["config"]["local_stream"] else "The learning rate"
-    return (
-        f"**Chosen on validation images** ({about['chosen_on']}). {names} and the score from which a label is "
-        f"predicted, {about['decision_threshold']:g}, which had the highest OF1 there.\n\n"
+    chosen = f"**Chosen on validation images** ({about['chosen_on']})"
+    score = (
+        f"the score from which a label is predicted, {about['decision_threshold']:g}, which had the highest OF1 there"
     )
+    if _is_scored_on_val(about):
+        return f"{chosen}, the same that the scores below are of: {score}.\n\n"
+    names = "The learning rate, N, tau" if about["config"]["local_stream"] else "The learning rate"
+    return f"{chosen}. {names} and {score}.\n\n"
+
+
+def _is_scored_on_val(about: Mapping[str, Any]) -> bool:
+    return bool(about["config"].get("scored_on") == "val")
 
 
 def _told_of_start(about: Mapping[str, Any]) -> str:
@@ -449,8 +456,8 @@ def _card_text(name: str, about: Mapping[str, Any], load: str) -> str:
         f"{environment['versions']['torch']} on {device}.\n\n"
         f"{_told_of_choice(about)}"
         f"**Starting weights.** {_told_of_start(about)} This file: MIT, as the code.\n\n"
-        f"**Scores.** Test mAP of this file {percent(about['mAP'])}, of the run before rounding to fp16 "
-        f"{percent(about['run_mAP'])}.{caution}\n\n"
+        f"**Scores.** {'mAP' if _is_scored_on_val(about) else 'Test mAP'} of this file {percent(about['mAP'])}, "
+        f"of the run before rounding to fp16 {percent(about['run_mAP'])}.{caution}\n\n"
         "| class | AP % |\n| --- | --- |\n"
         + "".join(f"| {as_markdown(label)} | {percent(value).removesuffix(' %')} |\n" for label, value in each)
         + "\n**Limits.** A small network trained on few photos, meant to show regions and to try the code, not for "

@@ -260,6 +260,19 @@ def with_header(path: Path, other: Path, **changes: object) -> Path:
     return other
 
 
+def test_a_run_is_exported_by_its_id(trained: Trained, tmp_path: Path) -> None:
+    """As by its settings, and settings beside it are refused."""
+    run_id = json.loads(trained.record.read_text())["run_id"]
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    assert mcar("export", *trained.options, "--output", one).exit_code == 0
+    assert mcar("export", *trained.options, "--run", run_id, "--output", other).exit_code == 0
+    assert one.read_bytes() == other.read_bytes()
+    assert mcar("export", *trained.options, "--run", run_id, "--set", "seed=1", "--output", other).exit_code == 2
+    unknown = mcar("export", *trained.options, "--run", "0" * 12, "--output", other)
+    assert unknown.exit_code == 4
+    assert "no record of a run 000000000000" in unknown.stderr
+
+
 def test_the_card_loads_its_file(exported: Path) -> None:
     card = exported.with_suffix(".md").read_text()
     assert f'mcar_lib.load("{exported}")' in card

@@ -25,7 +25,7 @@ from mcar_lib.metrics import best_threshold, multilabel_metrics
 from mcar_lib.pictures import COLOURS, Box, annotated, label_font, place_labels
 from mcar_lib.prediction import Prediction, Predictions, prediction_of
 from mcar_lib.regions import Regions
-from mcar_lib.released import ReleasedModel
+from mcar_lib.released import ReleasedModel, card_text, export_run
 from mcar_lib.runs import RunConfig, Runs
 
 ORIENTATION = 0x0112
@@ -131,6 +131,17 @@ def test_a_run_is_loaded_by_its_id_with_the_threshold_that_its_validation_images
     assert "decision_threshold" not in runs.run(tiny_config).content  # nothing is chosen on test images
     with pytest.raises(WeightsError, match="no record of a run 000000000000"):
         mcar_lib.load("0" * 12)
+
+
+def test_the_card_of_a_run_on_validation_images_says_that_its_scores_are_of_these(
+    runs: Runs, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    record = runs.run(tiny_config.vary(scored_on="val"))
+    card = card_text("own", export_run(runs, record, tmp_path / "own.safetensors").about)
+    assert "the same that the scores below are of: the score from which a label is predicted, " in card
+    assert f"{record.content['decision_threshold']:g}, which had" in card
+    assert "**Scores.** mAP of this file" in card
+    assert "Test mAP" not in card
 
 
 def test_the_threshold_is_where_f1_is_highest() -> None:
