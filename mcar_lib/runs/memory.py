@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from mcar_lib.backbones import build_backbone
@@ -55,8 +56,6 @@ def free_memory() -> int:
     take."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    import psutil  # accelerate brings it
-
     return min([psutil.virtual_memory().available, *left_by_limits()])
 
 

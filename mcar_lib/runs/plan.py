@@ -165,8 +165,7 @@ def all_runs(profile: Profile) -> list[NamedRun]:
 def studies(profile: Profile) -> dict[str, list[RunConfig]]:
     """The runs that a profile's notebooks compare, by study, at the rate that the profile fixes; last those that tune
     the rates, where it has a tuning. What is only tested is no run."""
-    run = profile.run
-    found = {MAIN: [run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]}
+    found = {MAIN: _main_comparison(profile)}
     if profile.equal_cost:
         seeds = profile.equal_cost.seeds
         found[EQUAL_COST] = [arm.vary(seed=seed) for arm in profile.equal_cost_arms().values() for seed in seeds]
@@ -176,6 +175,11 @@ def studies(profile: Profile) -> dict[str, list[RunConfig]]:
         arms = [arm_of(config, profile.tuning) for configs in found.values() for config in configs]
         found[TUNING] = [arm.vary(learning_rate=rate) for arm in arms for rate in profile.tuning.rates]
     return found
+
+
+def _main_comparison(profile: Profile) -> list[RunConfig]:
+    """Both models with every seed."""
+    return [profile.run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]
 
 
 def _ablation(profile: Profile, name: AxisName) -> list[RunConfig]:
@@ -199,7 +203,7 @@ def named_runs(profile: Profile, rows: Sequence[str] = ()) -> list[NamedRun]:
         names = dict.fromkeys(rows or profile.rows)
         runs = [NamedRun(name, profile.row(name), ("--row", name), ROWS) for name in names]
     else:
-        both = [profile.run.vary(local_stream=local, seed=seed) for local in (False, True) for seed in profile.seeds]
+        both = _main_comparison(profile)
         runs = [NamedRun(each.label, each, tuple(_settings(each, "local_stream", "seed"))) for each in both]
     order = {key: place for place, key in enumerate(published_map())}
     return sorted(runs, key=lambda run: order.get(key_of(run.config), len(order)))
