@@ -328,9 +328,9 @@ def _t_interval(
 class _RankedColumns:
     """The rankings of all (seed, class) columns with positives, end to end, each cut after its last positive.
 
-    Sorted once; a resample is then only a weight for each image, and many are weighed together. A group is the images of one score among which is a
-    positive. It closes the segment of images ranked after the group before it, so its rank is a running sum over the
-    segments of its column.
+    Sorted once; a resample is then only a weight for each image, and many are weighed together. A group is the images
+    of one score among which is a positive. It closes the segment of images ranked after the group before it, so its
+    rank is a running sum over the segments of its column.
     """
 
     images: np.ndarray  # (L,) image index of each ranked entry
