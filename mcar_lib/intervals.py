@@ -31,6 +31,7 @@ from mcar_lib.metrics import Array, check_inputs, rank_images
 
 DIGITS = 12  # kept of an estimate: float64 noise would decide on which side of 0 two equal models fall
 AT_ONCE = 32  # resamples that are summed together: one image's counts are two lines of a processor's cache
+IN_CACHE = 2**17  # numbers of an array that are worked on together
 WHOLE_IN_FLOAT32 = 2**24  # up to here float32 holds every whole number
 
 
@@ -181,21 +182,26 @@ def _resampled(
     for counts in _drawn_counts(num_images, num_resamples, seed):
         for found, ranking in zip(parts, rankings, strict=True):
             found.append(ranking.mean_average_precisions(counts))
-    as_they_are = np.ones((num_images, 1))
+    as_they_are = torch.ones(1, num_images, dtype=_exact(num_images))
     return [
         (_with_a_positive(np.concatenate(found)), ranking.mean_average_precisions(as_they_are)[0])
         for found, ranking in zip(parts, rankings, strict=True)
     ]
 
 
-def _drawn_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each resample draws each image, (n, r): of AT_ONCE resamples, and then of the next."""
+def _drawn_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each resample draws each image, (r, n): of AT_ONCE resamples, and then of the next."""
     generator = np.random.default_rng(seed)
     for first in range(0, num_resamples, AT_ONCE):
-        draws = (
-            generator.integers(num_images, size=num_images) for _ in range(first, min(first + AT_ONCE, num_resamples))
-        )
-        yield np.stack([np.bincount(drawn, minlength=num_images) for drawn in draws], axis=1)
+        counts = torch.empty(min(AT_ONCE, num_resamples - first), num_images, dtype=_exact(num_images))
+        for row in counts.numpy():
+            row[:] = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
+        yield counts
+
+
+def _exact(largest: int) -> torch.dtype:
+    """A dtype that holds every whole number up to this one, and in which torch sums on all its threads."""
+    return torch.float32 if largest <= WHOLE_IN_FLOAT32 else torch.float64
 
 
 def _with_a_positive(samples: np.ndarray) -> np.ndarray:
@@ -365,43 +371,51 @@ class _RankedColumns:
             num_seeds=columns.shape[1] // targets.shape[1],
         )
 
-    def mean_average_precisions(self, counts: np.ndarray) -> np.ndarray:
-        """mAP of each resample and seed, (r, S), where resample j holds image i counts[i, j] times, counts (n, r); NaN
+    def mean_average_precisions(self, counts: Tensor) -> np.ndarray:
+        """mAP of each resample and seed, (r, S), where resample j holds image i counts[j, i] times, counts (r, n); NaN
         where no positive occurs."""
-        copies = _segment_sums(counts, self.positive_images, self.group_starts)
-        drawn = _segment_sums(counts, self.images, self.segment_starts)
-        return np.array([self._mean_average_precision(*each) for each in zip(copies, drawn, strict=True)])
+        of_images = counts.T.contiguous()  # (n, r)
+        copies = _segment_sums(of_images, self.positive_images, self.group_starts)
+        drawn = _segment_sums(of_images, self.images, self.segment_starts)
+        rows = max(1, IN_CACHE // len(self.group_starts))
+        parts = [self._of_some(copies[at : at + rows], drawn[at : at + rows]) for at in range(0, len(copies), rows)]
+        return np.concatenate(parts)
 
-    def _mean_average_precision(self, copies: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """mAP of each seed, (S,), in one resample: of each group the copies of its positives, and of all images of its
-        segment, both (G,) whole numbers."""
+    def _of_some(self, copies: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """mAP (r, S) of resamples: of each group the copies of its positives, and of all images of its segment, both
+        (r, G) whole numbers."""
         hits, num_positive = self._running_sum(copies)
         rank, _ = self._running_sum(drawn)
+        precision = hits.astype(np.float64)
+        precision *= copies
+        precision /= np.maximum(rank, 1, out=rank)
+        ap = np.add.reduceat(precision, self.column_starts, axis=1) / np.maximum(num_positive, 1)  # (r, C)
         # The targets decide which classes have a column and a positive: the same for every seed.
-        present = num_positive.reshape(self.num_seeds, -1)[0] > 0
+        present = num_positive.reshape(len(ap), self.num_seeds, -1)[:, 0] > 0
+        return np.array([self._means(*each) for each in zip(ap, present, strict=True)])
+
+    def _means(self, ap: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """AP of each column, (C,), and whether a class occurs, (C / S,) -> mAP of each seed, (S,)."""
         if not present.any():
             return np.full(self.num_seeds, math.nan)
-        precision = copies * hits / np.maximum(rank, 1)
-        ap = np.add.reduceat(precision, self.column_starts) / np.maximum(num_positive, 1)
         means: np.ndarray = ap.reshape(self.num_seeds, -1)[:, present].mean(axis=1)
         return means
 
     def _running_sum(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of values (G,) within each column, and the sum of each column (C,), in int64."""
-        steps = values.astype(np.int64)
-        sums = np.add.reduceat(steps, self.column_starts)
-        steps[self.column_starts[1:]] -= sums[:-1]  # begins again at 0
-        return np.cumsum(steps, out=steps), sums
+        """Of values (r, G) within each column, and the sum of each column (r, C)."""
+        steps = values.astype(np.int32)  # there are fewer images than that holds, and no sum is larger
+        sums = np.add.reduceat(steps, self.column_starts, axis=1, dtype=steps.dtype)
+        steps[:, self.column_starts[1:]] -= sums[:, :-1]  # begins again at 0
+        return np.cumsum(steps, axis=1, dtype=steps.dtype, out=steps), sums
 
 
-def _segment_sums(counts: np.ndarray, images: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _segment_sums(counts: Tensor, images: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Sums of counts[images] over the segments that begin at starts, (r, G), for counts (n, r) of n drawn images.
 
-    torch gathers and adds all r at once, on all its threads. Sums are whole numbers, at most n: exact.
+    torch gathers and adds all r at once. Sums are whole numbers, at most n: exact.
     """
-    exact = torch.float32 if len(counts) <= WHOLE_IN_FLOAT32 else torch.float64
-    indices, offsets, table = torch.from_numpy(images), torch.from_numpy(starts), torch.from_numpy(counts).to(exact)
-    sums = torch.nn.functional.embedding_bag(indices, table, offsets, mode="sum")  # (G, r)
+    indices, offsets = torch.from_numpy(images), torch.from_numpy(starts)
+    sums = torch.nn.functional.embedding_bag(indices, counts, offsets, mode="sum")  # (G, r)
     found: np.ndarray = sums.T.contiguous().numpy()
     return found
 

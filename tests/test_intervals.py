@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_scores import random_case
@@ -13,6 +14,7 @@ from scipy import stats
 import mcar_lib.intervals
 from mcar_lib.errors import ConfigError
 from mcar_lib.intervals import (
+    _exact,
     _RankedColumns,
     _resampled,
     _segment_sums,
@@ -148,11 +150,19 @@ def test_both_models_of_a_difference_see_the_draws_that_each_sees_alone():
         assert np.array_equal(maps_as_they_are, expected[1])
 
 
-def test_sums_beyond_what_float32_can_count_are_exact(monkeypatch):
-    counts = np.array([[2**24], [1], [2**24], [3]])
-    monkeypatch.setattr("mcar_lib.intervals.WHOLE_IN_FLOAT32", 3)
-    found = _segment_sums(counts, np.arange(4), np.array([0, 2]))
-    assert found.tolist() == [[2**24 + 1, 2**24 + 3]]
+@pytest.mark.parametrize("num_images", [2**24, 2**24 + 1])
+def test_sums_of_as_many_draws_as_there_are_images_are_exact(num_images):
+    """float32 cannot hold 2**24 + 1; the larger number of images is counted in float64."""
+    counts = torch.tensor([[num_images - 1], [1]], dtype=_exact(num_images))
+    assert _segment_sums(counts, np.arange(2), np.array([0])).tolist() == [[num_images]]
+
+
+def test_resamples_of_many_classes_are_worked_on_in_parts(monkeypatch):
+    scores, targets = random_case(60, 5, 0.3, seed=3, num_seeds=3)
+    whole = resampled_maps(scores, targets, 70, seed=2)[0]
+    for name, value in (("IN_CACHE", 1), ("AT_ONCE", 7)):
+        monkeypatch.setattr(f"mcar_lib.intervals.{name}", value)
+        assert np.array_equal(resampled_maps(scores, targets, 70, seed=2)[0], whole)
 
 
 def test_an_interval_is_centred_on_the_mean_map_of_the_data():
