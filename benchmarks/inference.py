@@ -16,7 +16,7 @@ from steps import (
 )
 from timing import in_turns, ratio
 
-from mcar_lib.training import keep_freed_memory
+from mcar_lib.inference import keep_freed_memory
 
 SIZES, BATCHES = (128, 224, 448), (1, 8, 16)
 ROUNDS = {1: 15, 8: 5, 16: 5}  # by batch

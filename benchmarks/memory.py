@@ -6,8 +6,8 @@ from reports import Cell, Finding, Report, Table
 from steps import ALONE, REGIONS, RELEASED, built, random_images, released_training, training
 from timing import each_in_a_process, in_turns
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.runs.environment import PeakMemory
-from mcar_lib.training import keep_freed_memory
 
 BATCH, SIZE, STEPS = 16, 224, 2
 PLAIN, BF16 = "float32", "bf16"

@@ -9,8 +9,8 @@ from steps import CLASSES, REGIONS, built
 from timing import in_turns, ratio
 from torch import Tensor
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.regions import attentional_regions, crop_regions
-from mcar_lib.training import keep_freed_memory
 
 BATCH, SIZE, TAU, ROUNDS = 16, 448, 0.5, 5
 MODULE, CHOSEN, EVERY = "maps to boxes, vectorised", "loop over the chosen classes", "loop over every class"

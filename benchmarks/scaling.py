@@ -7,8 +7,8 @@ from reports import Cell, Report, Table
 from steps import built, inference, random_images, training
 from timing import each_in_a_process, in_turns
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.runs.environment import PeakMemory, taken_memory
-from mcar_lib.training import keep_freed_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,9 +20,9 @@ import torch
 from steps import CLASSES, inference, training
 from timing import machine, median_seconds, print_report, report_parser
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.environment import PeakMemory, describe_environment
-from mcar_lib.training import keep_freed_memory
 
 OF_THE_PAPER = (
     *("mobilenet_v2:256", "resnet50:256", "resnet101:256"),

@@ -59,7 +59,7 @@ def ratio(seconds: Seconds, ours: str, theirs: str) -> float:
 def each_in_a_process(job: Callable[..., T], arguments: Iterable[Sequence[Any]]) -> list[T]:
     """What job returns for each, one after another, each in a process that has done nothing else but imports."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["mcar_lib.training", "mcar_lib.runs"])
+    server.set_forkserver_preload(["mcar_lib.training", "mcar_lib.runs.environment"])
     with ProcessPoolExecutor(1, mp_context=server, max_tasks_per_child=1) as pool:
         return [pool.submit(job, *each).result() for each in arguments]
 

@@ -6,7 +6,7 @@ from reports import Cell, Finding, Report, Table
 from steps import ALONE, OURS, REGIONS, RELEASED, built, random_images, released_training, training
 from timing import in_turns, ratio
 
-from mcar_lib.training import keep_freed_memory
+from mcar_lib.inference import keep_freed_memory
 
 CASES = ((8, 128), (16, 128), (16, 224), (4, 448))  # batch, px
 TOLD = (16, 224)  # in README
