@@ -13,14 +13,16 @@ PROBE_SIDE = 64  # pixels of what a network is tried on
 TOLERANCE = 1e-3  # of the features' largest value; a wrong fold is off by about all of it
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(kept: bool = True) -> None:
     """Lets glibc reuse large freed blocks instead of handing them back to the system after every layer; fetching
-    them anew costs more than half of a CPU training step. Has no effect on numbers, nor where there is no glibc."""
+    them anew costs more than half of a CPU training step. What is kept in pieces that nothing fits into is lost: not
+    kept, a step takes more time and, where it holds little at once, far less memory. Has no effect on numbers, nor
+    where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TOP_PAD, 2**28)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if kept else 2**26)  # what glibc comes to by itself
+        mallopt(M_MMAP_THRESHOLD, 2**30 if kept else 2**25)
+        mallopt(M_TOP_PAD, 2**28 if kept else 2**17)
 
 
 @torch.no_grad()

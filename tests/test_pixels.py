@@ -13,7 +13,7 @@ from mutations import mutated
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from mcar_lib.data import read_image
-from mcar_lib.data.image_set import is_blank
+from mcar_lib.data.image_set import is_blank, read_photo
 from mcar_lib.errors import DataError
 
 PICTURE = np.random.default_rng(1).integers(0, 256, (7, 9, 3), dtype=np.uint8)
@@ -250,3 +250,52 @@ def test_only_a_photo_of_one_colour_is_blank() -> None:
     assert is_blank(pixels)
     pixels[1, 3, 4] += 1
     assert not is_blank(pixels)
+
+
+def jpeg(tmp_path: Path, mode: str = "RGB", **options: Any) -> Path:
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((201, 131))
+    return stored(tmp_path, picture.convert(mode), "photo.jpg", **options)
+
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all colours": {"subsampling": 0},
+    "half colours": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "colours as they are": {"keep_rgb": True},
+    "gray": {"mode": "L"},
+    "print": {"mode": "CMYK"},
+    **{f"orientation {number}": {"exif": oriented(number)} for number in range(10)},
+}
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=list(JPEGS))
+def test_a_jpeg_has_the_pixels_that_pillow_gives_it(
+    options: dict[str, Any], upright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jpeg(tmp_path, **options)
+    quick = read_photo(path, upright)
+    monkeypatch.setattr("mcar_lib.data.image_set.decode_jpeg", None)
+    plain = read_photo(path, upright)
+    assert quick.size == plain.size
+    assert torch.equal(quick.pixels, plain.pixels)
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[:-2], lambda x: x[: len(x) // 2], lambda x: x + bytes(99)])
+def test_a_damaged_jpeg_is_read_or_refused_as_pillow_does(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jpeg(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+
+    def outcome() -> Any:
+        try:
+            return read_image(path).tolist()
+        except DataError as error:
+            return str(error)
+
+    quick = outcome()
+    monkeypatch.setattr("mcar_lib.data.image_set.decode_jpeg", None)
+    assert quick == outcome()

@@ -22,7 +22,7 @@ AT_REST = 1 * GIB  # Python, torch, the optimiser's buffers of a small network, 
 # The peak of a step over what its backward pass keeps: gradients and the convolutions' work space. On a CPU this comes
 # out 10 to 30 % above what dry runs took, with MobileNet-v2 at 128 to 224 px, EfficientNet-Lite2 and ResNet-50 at 160.
 PEAK_OVER_KEPT = 1.6
-PEAK_OVER_RECOMPUTED = 4.5  # the same of the block that is computed again, with what it is computed from
+PEAK_OVER_RECOMPUTED = 2.8  # the same of the block that is computed again, with what it is computed from
 SHARE_OF_FREE = 0.9  # the rest is for what else grows meanwhile
 COPIES = 4  # of the weights: they, gradients, momentum, a checkpoint that is written
 

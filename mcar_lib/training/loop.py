@@ -161,7 +161,7 @@ class _Job:
     ) -> None:
         self.model, self.test, self.recipe, self.folder = model, test, recipe, folder
         self.execution, self.verbose, self.run, self.request, self.tell = execution, verbose, run, request, tell
-        self.accelerator = _accelerator(model, execution.trackers, folder)
+        self.accelerator = _accelerator(model, execution, folder)
         self.device = self.accelerator.device
         self.images = TrainingImages(train, recipe)
         self.steps = -(-len(train) // recipe.batch_size)
@@ -390,15 +390,16 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision != "fp32")
 
 
-def _accelerator(model: MCAR, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+def _accelerator(model: MCAR, execution: Execution, folder: Path | None = None) -> Accelerator:
     """The device, where the model is moved. No setting of the environment changes the arithmetic: ConfigError names one
     that would."""
+    trackers = execution.trackers if folder else ()
     check_settings()
     check_trackers(trackers)
     processes.forget_accelerate_settings()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
-    keep_freed_memory()
+    keep_freed_memory(not execution.recompute)
     processes.num_processes()  # makes the process group, if there is to be one, the way this project wants it
     AcceleratorState._reset_state()  # what another job in this process has set
     accelerator = Accelerator(
@@ -445,7 +446,7 @@ def evaluate(
     Several processes take the batches in turn, and all get all scores: those of one process, but for selection
     "random", whose numbers each process draws for itself. after_batch: called after each batch.
     """
-    device = _accelerator(model).device
+    device = _accelerator(model, execution).device
     model.eval()
     seed_everything(model, seed, 0, EVALUATION)
     batches = [range(len(test))[first : first + EVALUATION_BATCH] for first in range(0, len(test), EVALUATION_BATCH)]
