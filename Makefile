@@ -8,7 +8,7 @@ REPOSITORY ?=
 JOBS ?=
 BIN := .venv/bin
 
-.PHONY: help venv reproduce test test-browser report publish lint lock colab notebook site clean
+.PHONY: help venv reproduce test test-browser bench report publish lint lock colab notebook site clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,10 @@ lint: venv  ## format, lint, types, layers and the CI workflow only
 lock:  ## maintainers: requirements.lock from pyproject.toml, with hashes; needs uv; UPGRADE=1 takes newer versions
 	uv pip compile --universal --all-extras --python-version 3.11.4 --generate-hashes --no-header --no-annotate \
 	  $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements.lock
+
+bench: venv  ## speed and memory into results/benchmarks and README: ONLY=startup,metrics; QUICK=1 only tries it
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only '$(ONLY)') $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)') \
+	  $(if $(QUICK),--quick)
 
 report: venv  ## the notebooks run in place: tables, figures and README numbers from the committed records
 	$(BIN)/mcar report

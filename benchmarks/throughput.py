@@ -7,8 +7,8 @@ global stream) on (N + 1) times as many images is what it cannot go far below; w
 and the second pass. Training is forward, backward and an SGD step; inference ends with the scores on the CPU. Images
 are random bytes on the device, normalised in the timed step as in training; reading and resizing photos is not timed.
 Weights are random, 80 classes, gwp pooling, channels_last. Without options: every backbone and size of the paper, as it
-is and with torch.compile of the backbone; a row that cannot run says why. throughput.md is from a GPU. On a CPU choose
-little: --models mobilenet_v2:128 mobilenet_v2:224 --precision fp32 --compile no, as in throughput_cpu.md.
+is and with torch.compile of the backbone; a row that cannot run says why. throughput.md is from a GPU. For a CPU there
+are inference.py and training.py, which make bench runs.
 """
 
 import argparse
@@ -17,20 +17,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from steps import CLASSES, inference, training
 from timing import machine, median_seconds, print_report, report_parser
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.runs.environment import PeakMemory, describe_environment
-from mcar_lib.training import (
-    Recipe,
-    batch_scores,
-    build_optimizer,
-    keep_freed_memory,
-    network_input,
-    training_step,
-)
 
-CLASSES, LABELS_PER_IMAGE = 80, 2.9
 OF_THE_PAPER = (
     *("mobilenet_v2:256", "resnet50:256", "resnet101:256"),
     *("mobilenet_v2:448", "resnet50:448", "resnet101:448", "resnet101:576"),
@@ -47,32 +40,6 @@ class Timed(NamedTuple):
 
     seconds: float
     peak: int
-
-
-def training(model: MCAR, images: torch.Tensor, precision: str) -> Callable[[], object]:
-    """One training step on uint8 images (B, 3, S, S)."""
-    targets = (torch.rand(len(images), CLASSES) < LABELS_PER_IMAGE / CLASSES).float().to(images.device)
-    optimizer = build_optimizer(model.train(), Recipe())
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
-    model.forward = autocast(model.forward)  # type: ignore[method-assign]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        training_step(model, network_input(model, images), targets)
-        optimizer.step()
-
-    return step
-
-
-def inference(model: MCAR, images: torch.Tensor, precision: str) -> Callable[[], object]:
-    """Scores of uint8 images (B, 3, S, S)."""
-    model.eval()
-
-    def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            batch_scores(model, network_input(model, images))
-
-    return step
 
 
 JOBS = {"training": training, RECOMPUTED: training, "inference": inference}

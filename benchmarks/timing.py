@@ -1,16 +1,27 @@
-"""What the benchmarks share: a median of repeated runs, the machine they ran on, and the option to keep the text."""
+"""What the benchmarks share: repeated runs, the photos, the machine they ran on, and the option to keep the text."""
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mcar_lib.runs.environment import describe_environment
+if TYPE_CHECKING:
+    from mcar_lib.data import ImageSet
+
+T = TypeVar("T")
+DATA_ROOT = "MCAR_DATA"  # of the environment: the folder that holds VOCdevkit/VOC2007
+
+
+class Skipped(Exception):  # noqa: N818 (nothing went wrong)
+    """Why a benchmark cannot be measured here."""
 
 
 def median_seconds(job: Callable[[], object], runs: int) -> float:
@@ -24,8 +35,54 @@ def median_seconds(job: Callable[[], object], runs: int) -> float:
     return statistics.median(seconds)
 
 
+Seconds = Mapping[str, Sequence[float]]  # arm -> of each round, the same rounds for all arms
+
+
+def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
+    """Wall-clock seconds of arms that take turns, A B C A B C, so that drift of the machine meets all alike; a first
+    round that is not counted pays for memory and caches."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, job in arms.items():
+            start = time.perf_counter()
+            job()
+            if number:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+def ratio(seconds: Seconds, ours: str, theirs: str) -> float:
+    """The median over rounds of our time to theirs in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
+
+
+def each_in_a_process(job: Callable[..., T], arguments: Iterable[Sequence[Any]]) -> list[T]:
+    """What job returns for each, one after another, each in a process that has done nothing else but imports."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["mcar_lib.training", "mcar_lib.runs.environment"])
+    with ProcessPoolExecutor(1, mp_context=server, max_tasks_per_child=1) as pool:
+        return [pool.submit(job, *each).result() for each in arguments]
+
+
+def photos(count: int) -> "ImageSet":
+    """Real photos, the first of VOC2007's train list below the data root; raises Skipped where there are none."""
+    from mcar_lib.data import load_image_set
+    from mcar_lib.errors import MCARError
+
+    root = os.environ.get(DATA_ROOT)
+    if not root:
+        raise Skipped(f"it needs photos: name a folder that holds VOCdevkit/VOC2007 (DATA_ROOT=DIR, or {DATA_ROOT})")
+    try:
+        found = load_image_set("voc2007", "train", Path(root))
+    except MCARError as error:
+        raise Skipped(f"no photos: {error}") from error
+    return found.select(range(min(count, len(found))))
+
+
 def machine() -> str:
     """Processor, cores, threads used and versions, in one line."""
+    from mcar_lib.runs.environment import describe_environment
+
     processor = describe_environment()["processor"]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{processor}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}; {versions}."

@@ -19,7 +19,7 @@ classes, S of seeds, R of resamples; scores and targets are those of mcar_lib.me
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,6 +30,9 @@ from mcar_lib.errors import ConfigError
 from mcar_lib.metrics import Array, check_inputs, rank_images
 
 DIGITS = 12  # kept of an estimate: float64 noise would decide on which side of 0 two equal models fall
+AT_ONCE = 32  # resamples that are summed together: one image's counts are two lines of a processor's cache
+IN_CACHE = 2**17  # numbers of an array that are worked on together
+WHOLE_IN_FLOAT32 = 2**24  # up to here float32 holds every whole number
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,7 @@ def map_difference(
     >>> result.low > 0, result.p_value < 0.01, result.seeds
     (True, True, (3, 3))
     """
-    (samples_a, maps_a), (samples_b, maps_b) = (
-        resampled_maps(scores, targets, num_resamples, seed) for scores in (scores_a, scores_b)
-    )
+    (samples_a, maps_a), (samples_b, maps_b) = _resampled((scores_a, scores_b), targets, num_resamples, seed)
     seeds = (len(maps_a), len(maps_b))
     if paired and seeds[0] != seeds[1]:
         raise ConfigError(f"paired models have one score for each run, got {seeds[0]} and {seeds[1]} seeds")
@@ -166,20 +167,50 @@ def resampled_maps(
     One seed draws the same images for any model. Arguments and errors are those of map_interval; R is num_resamples
     less the resamples with no positive.
     """
-    scores, targets = check_inputs(scores, targets, seeds_allowed=True)
+    return _resampled((scores,), targets, num_resamples, seed)[0]
+
+
+def _resampled(
+    models: Sequence[Array], targets: Array, num_resamples: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """resampled_maps of each model, all on the same draws."""
+    checked = [check_inputs(scores, targets, seeds_allowed=True) for scores in models]
     if num_resamples < 2:
         raise ConfigError(f"num_resamples must be at least 2, got {num_resamples}")
-    ranking, num_images = _RankedColumns.of(scores, targets), len(targets)
+    rankings, num_images = [_RankedColumns.of(*each) for each in checked], len(targets)
+    parts: list[list[np.ndarray]] = [[] for _ in rankings]
+    for counts in _drawn_counts(num_images, num_resamples, seed):
+        for found, ranking in zip(parts, rankings, strict=True):
+            found.append(ranking.mean_average_precisions(counts))
+    as_they_are = torch.ones(1, num_images, dtype=_exact(num_images))
+    return [
+        (_with_a_positive(np.concatenate(found)), ranking.mean_average_precisions(as_they_are)[0])
+        for found, ranking in zip(parts, rankings, strict=True)
+    ]
+
+
+def _drawn_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each resample draws each image, (r, n): of AT_ONCE resamples, and then of the next."""
     generator = np.random.default_rng(seed)
-    samples = np.empty((num_resamples, ranking.num_seeds))
-    for found in samples:
-        drawn = generator.integers(num_images, size=num_images)
-        found[:] = ranking.mean_average_precisions(np.bincount(drawn, minlength=num_images))
-    samples = samples[~np.isnan(samples[:, 0])]  # which resamples have no positive is the same for all seeds
-    if len(samples) < 2:
-        drew = f"{len(samples)} of {num_resamples} resamples drew a positive"
+    for first in range(0, num_resamples, AT_ONCE):
+        counts = torch.empty(min(AT_ONCE, num_resamples - first), num_images, dtype=_exact(num_images))
+        for row in counts.numpy():
+            row[:] = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
+        yield counts
+
+
+def _exact(largest: int) -> torch.dtype:
+    """A dtype that holds every whole number up to this one, and in which torch sums on all its threads."""
+    return torch.float32 if largest <= WHOLE_IN_FLOAT32 else torch.float64
+
+
+def _with_a_positive(samples: np.ndarray) -> np.ndarray:
+    """The resamples (R, S) that drew a positive: which did is the same for all seeds."""
+    kept = samples[~np.isnan(samples[:, 0])]
+    if len(kept) < 2:
+        drew = f"{len(kept)} of {len(samples)} resamples drew a positive"
         raise ConfigError(f"{drew}; two are needed: raise num_resamples or add images")
-    return samples, ranking.mean_average_precisions(np.ones(num_images, dtype=np.int64))
+    return kept
 
 
 def two_level(samples: np.ndarray, estimates: np.ndarray, confidence: float = 0.95) -> TwoLevelInterval:
@@ -303,9 +334,9 @@ def _t_interval(
 class _RankedColumns:
     """The rankings of all (seed, class) columns with positives, end to end, each cut after its last positive.
 
-    Sorted once; a resample is then only a weight for each image. A group is the images of one score among which is a
-    positive. It closes the segment of images ranked after the group before it, so its rank is a running sum over the
-    segments of its column.
+    Sorted once; a resample is then only a weight for each image, and many are weighed together. A group is the images
+    of one score among which is a positive. It closes the segment of images ranked after the group before it, so its
+    rank is a running sum over the segments of its column.
     """
 
     images: np.ndarray  # (L,) image index of each ranked entry
@@ -313,7 +344,6 @@ class _RankedColumns:
     positive_images: np.ndarray  # (P,) image index of each positive
     group_starts: np.ndarray  # (G,) first positive of each group
     column_starts: np.ndarray  # (C,) first group of each column
-    column_sizes: np.ndarray  # (C,) groups of each column
     num_seeds: int
 
     @classmethod
@@ -338,29 +368,56 @@ class _RankedColumns:
             positive_images=images[is_positive],
             group_starts=group_starts,
             column_starts=np.cumsum(sizes) - sizes,
-            column_sizes=sizes,
             num_seeds=columns.shape[1] // targets.shape[1],
         )
 
-    def mean_average_precisions(self, counts: np.ndarray) -> np.ndarray:
-        """mAP of each seed, (S,), where image i occurs counts[i] times; NaN when no positive occurs."""
-        copies = np.add.reduceat(counts[self.positive_images], self.group_starts)  # (G,)
-        hits = self._running_sum(copies)
-        rank = self._running_sum(np.add.reduceat(counts[self.images], self.segment_starts))
-        precision = copies * hits / np.maximum(rank, 1)
-        num_positive = np.add.reduceat(copies, self.column_starts)  # (C,)
+    def mean_average_precisions(self, counts: Tensor) -> np.ndarray:
+        """mAP of each resample and seed, (r, S), where resample j holds image i counts[j, i] times, counts (r, n); NaN
+        where no positive occurs."""
+        of_images = counts.T.contiguous()  # (n, r)
+        copies = _segment_sums(of_images, self.positive_images, self.group_starts)
+        drawn = _segment_sums(of_images, self.images, self.segment_starts)
+        rows = max(1, IN_CACHE // len(self.group_starts))
+        parts = [self._of_some(copies[at : at + rows], drawn[at : at + rows]) for at in range(0, len(copies), rows)]
+        return np.concatenate(parts)
+
+    def _of_some(self, copies: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """mAP (r, S) of resamples: of each group the copies of its positives, and of all images of its segment, both
+        (r, G) whole numbers."""
+        hits, num_positive = self._running_sum(copies)
+        rank, _ = self._running_sum(drawn)
+        precision = hits.astype(np.float64)
+        precision *= copies
+        precision /= np.maximum(rank, 1, out=rank)
+        ap = np.add.reduceat(precision, self.column_starts, axis=1) / np.maximum(num_positive, 1)  # (r, C)
         # The targets decide which classes have a column and a positive: the same for every seed.
-        present = num_positive.reshape(self.num_seeds, -1)[0] > 0
+        present = num_positive.reshape(len(ap), self.num_seeds, -1)[:, 0] > 0
+        return np.array([self._means(*each) for each in zip(ap, present, strict=True)])
+
+    def _means(self, ap: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """AP of each column, (C,), and whether a class occurs, (C / S,) -> mAP of each seed, (S,)."""
         if not present.any():
             return np.full(self.num_seeds, math.nan)
-        ap = np.add.reduceat(precision, self.column_starts) / np.maximum(num_positive, 1)
         means: np.ndarray = ap.reshape(self.num_seeds, -1)[:, present].mean(axis=1)
         return means
 
-    def _running_sum(self, values: np.ndarray) -> np.ndarray:
-        total = np.cumsum(values)
-        before = total[self.column_starts] - values[self.column_starts]
-        return total - np.repeat(before, self.column_sizes)
+    def _running_sum(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of values (r, G) within each column, and the sum of each column (r, C)."""
+        steps = values.astype(np.int32)  # there are fewer images than that holds, and no sum is larger
+        sums = np.add.reduceat(steps, self.column_starts, axis=1, dtype=steps.dtype)
+        steps[:, self.column_starts[1:]] -= sums[:, :-1]  # begins again at 0
+        return np.cumsum(steps, axis=1, dtype=steps.dtype, out=steps), sums
+
+
+def _segment_sums(counts: Tensor, images: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of counts[images] over the segments that begin at starts, (r, G), for counts (n, r) of n drawn images.
+
+    torch gathers and adds all r at once. Sums are whole numbers, at most n: exact.
+    """
+    indices, offsets = torch.from_numpy(images), torch.from_numpy(starts)
+    sums = torch.nn.functional.embedding_bag(indices, counts, offsets, mode="sum")  # (G, r)
+    found: np.ndarray = sums.T.contiguous().numpy()
+    return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

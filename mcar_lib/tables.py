@@ -223,12 +223,17 @@ def _one_line(text: str) -> str:
 
 
 def fill_blocks(path: Path, blocks: Mapping[str, str]) -> None:
-    """Replaces what stands between the markers of a file; raises ResultsError if its markers are others than blocks."""
+    """Replaces what stands between the markers of some blocks of a file, name -> text; blocks of others stay as they
+    are. Raises ResultsError unless the file has each of them once."""
     text = path.read_text(encoding="utf-8")
     names = [match["name"] for match in BLOCK.finditer(text)]
-    if sorted(names) != sorted(blocks):
+    if any(names.count(name) != 1 for name in blocks):
         raise ResultsError(f"{path}: its generated blocks are {names}, wanted {sorted(blocks)}; mend the markers")
-    write_text(path, BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", text))
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}{blocks[match['name']]}{match[3]}" if match["name"] in blocks else match[0]
+
+    write_text(path, BLOCK.sub(filled, text))
 
 
 def read_published(name: str) -> pd.DataFrame:

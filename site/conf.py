@@ -35,6 +35,7 @@ include_patterns = [
     "notebooks/[0-9]*.ipynb",
     "results/README.md",
     "results/*/README.md",
+    "results/benchmarks/*.md",
     "results/*/tables/*.md",
     "site/*.md",
 ]

@@ -5,15 +5,26 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_scores import random_case
 from scipy import stats
 
 import mcar_lib.intervals
 from mcar_lib.errors import ConfigError
-from mcar_lib.intervals import holm, map_difference, map_interval, two_level
-from mcar_lib.metrics import average_precision, multilabel_metrics
+from mcar_lib.intervals import (
+    _exact,
+    _RankedColumns,
+    _resampled,
+    _segment_sums,
+    holm,
+    map_difference,
+    map_interval,
+    resampled_maps,
+    two_level,
+)
+from mcar_lib.metrics import average_precision, check_inputs, multilabel_metrics
 
 FLOAT64 = 1e-12  # two float64 computations of the same fraction
 
@@ -31,6 +42,32 @@ def naive_resamples(score_sets, targets, num_resamples, seed):
         aps = average_precision(columns[drawn], np.tile(targets[drawn], len(score_sets)))
         samples.append(aps.view(-1, num_classes).nanmean(dim=1).numpy())
     return np.array([sample for sample in samples if not np.isnan(sample).any()])
+
+
+def one_by_one(scores, targets, num_resamples, seed):
+    """mAP (R, S) as resampled_maps, each resample alone, in whole numbers: what committed comparisons were made by."""
+    ranking, generator = (
+        _RankedColumns.of(*check_inputs(scores, targets, seeds_allowed=True)),
+        np.random.default_rng(seed),
+    )
+
+    def running_sum(values):
+        total = np.cumsum(values)
+        before = total[ranking.column_starts] - values[ranking.column_starts]
+        return total - np.repeat(before, np.diff(ranking.column_starts, append=len(values)))
+
+    samples = []
+    for _ in range(num_resamples):
+        counts = np.bincount(generator.integers(len(targets), size=len(targets)), minlength=len(targets))
+        copies = np.add.reduceat(counts[ranking.positive_images], ranking.group_starts)
+        rank = running_sum(np.add.reduceat(counts[ranking.images], ranking.segment_starts))
+        precision = copies * running_sum(copies) / np.maximum(rank, 1)
+        positives = np.add.reduceat(copies, ranking.column_starts)
+        present = positives.reshape(ranking.num_seeds, -1)[0] > 0
+        if present.any():
+            ap = np.add.reduceat(precision, ranking.column_starts) / np.maximum(positives, 1)
+            samples.append(ap.reshape(ranking.num_seeds, -1)[:, present].mean(axis=1))
+    return np.array(samples)
 
 
 def mean_covariance(a, b=None):
@@ -81,6 +118,51 @@ def test_a_difference_is_that_of_explicit_resamples(paired):
     assert [result.low, result.high] == pytest.approx([difference - reach, difference + reach], abs=1e-9)
     assert result.p_value == pytest.approx(2 * stats.t.sf(abs(difference) / math.sqrt(variance), freedom), abs=1e-9)
     assert (result.seeds, result.paired) == ((len(a), len(b)), paired)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    num_images=st.integers(4, 300),
+    num_classes=st.integers(1, 12),
+    prevalence=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.95]),
+    num_seeds=st.integers(1, 3),
+    digits=st.sampled_from([0, 1, 8]),
+    seed=st.integers(0, 1000),
+)
+def test_resamples_together_are_bit_for_bit_those_one_by_one(
+    num_images, num_classes, prevalence, num_seeds, digits, seed
+):
+    """With ties, images that are skipped, classes without positives and resamples without any."""
+    scores, targets = random_case(num_images, num_classes, prevalence, seed, difficult=0.1, num_seeds=num_seeds)
+    scores = scores.round(digits)
+    expected = one_by_one(scores, targets, 40, seed)
+    assume(len(expected) > 1)
+    samples, _ = resampled_maps(scores, targets, 40, seed)
+    assert np.array_equal(samples, expected)
+
+
+def test_both_models_of_a_difference_see_the_draws_that_each_sees_alone():
+    scores, targets = random_case(60, 5, 0.3, seed=3, num_seeds=3)
+    both = _resampled((scores[:1], scores[1:]), targets, 40, seed=2)
+    for (samples, maps_as_they_are), alone in zip(both, (scores[:1], scores[1:]), strict=True):
+        expected = resampled_maps(alone, targets, 40, seed=2)
+        assert np.array_equal(samples, expected[0])
+        assert np.array_equal(maps_as_they_are, expected[1])
+
+
+@pytest.mark.parametrize("num_images", [2**24, 2**24 + 1])
+def test_sums_of_as_many_draws_as_there_are_images_are_exact(num_images):
+    """float32 cannot hold 2**24 + 1; the larger number of images is counted in float64."""
+    counts = torch.tensor([[num_images - 1], [1]], dtype=_exact(num_images))
+    assert _segment_sums(counts, np.arange(2), np.array([0])).tolist() == [[num_images]]
+
+
+def test_resamples_of_many_classes_are_worked_on_in_parts(monkeypatch):
+    scores, targets = random_case(60, 5, 0.3, seed=3, num_seeds=3)
+    whole = resampled_maps(scores, targets, 70, seed=2)[0]
+    for name, value in (("IN_CACHE", 1), ("AT_ONCE", 7)):
+        monkeypatch.setattr(f"mcar_lib.intervals.{name}", value)
+        assert np.array_equal(resampled_maps(scores, targets, 70, seed=2)[0], whole)
 
 
 def test_an_interval_is_centred_on_the_mean_map_of_the_data():

@@ -138,10 +138,25 @@ def test_a_block_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
     assert page.read_text() == SMALL.replace("old", "new")
 
 
-@pytest.mark.parametrize("blocks", [{}, {"other": "x\n"}, {"numbers": "x\n", "other": "y\n"}])
+def test_blocks_of_others_stay_as_they_are(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    others = SMALL.replace("numbers", "others")
+    page.write_text(SMALL + others)
+    fill_blocks(page, {"numbers": "new\n"})
+    assert page.read_text() == SMALL.replace("old", "new") + others
+
+
+@pytest.mark.parametrize("blocks", [{"other": "x\n"}, {"numbers": "x\n", "other": "y\n"}])
 def test_blocks_that_the_page_does_not_have_are_an_error(blocks: dict[str, str], tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(SMALL)
     with pytest.raises(ResultsError, match="mend the markers"):
         fill_blocks(page, blocks)
     assert page.read_text() == SMALL
+
+
+def test_a_block_that_a_page_has_twice_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(SMALL + SMALL)
+    with pytest.raises(ResultsError, match="mend the markers"):
+        fill_blocks(page, {"numbers": "new\n"})

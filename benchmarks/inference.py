@@ -1,0 +1,75 @@
+"""Inference of MCAR beside its backbone alone on N + 1 times the images, and beside the release's way."""
+
+import statistics
+
+from reports import Cell, Finding, Report, Table
+from steps import (
+    ALONE,
+    OURS,
+    REGIONS,
+    RELEASED,
+    built,
+    check_same_boxes,
+    inference,
+    random_images,
+    released_inference,
+)
+from timing import in_turns, ratio
+
+from mcar_lib.inference import keep_freed_memory
+
+SIZES, BATCHES = (128, 224, 448), (1, 8, 16)
+ROUNDS = {1: 15, 8: 5, 16: 5}  # by batch
+GOAL = 1.05  # MCAR to the backbone alone, one photo at a time
+GOAL_FROM = 224  # px
+TOLD = {(1, 224): ALONE, (1, 448): ALONE, (16, 224): RELEASED}  # in README: beside what
+
+
+def measure(quick: bool) -> Report:
+    keep_freed_memory()
+    rows: list[tuple[Cell, ...]] = []
+    findings = []
+    for size in SIZES[:1] if quick else SIZES:
+        for batch in BATCHES[:2] if quick else BATCHES:
+            images = random_images(batch, size)
+            check_same_boxes(built(), images)
+            arms = {
+                OURS: inference(built(), images),
+                ALONE: inference(built(local_stream=False), random_images((REGIONS + 1) * batch, size)),
+                RELEASED: released_inference(built(), images),
+            }
+            seconds = in_turns(arms, 1 if quick else ROUNDS[batch])
+            each = {name: 1000 * statistics.median(found) / batch for name, found in seconds.items()}
+            ratios = {name: ratio(seconds, OURS, name) for name in (ALONE, RELEASED)}
+            rows.append((size, batch, each[OURS], each[ALONE], ratios[ALONE], each[RELEASED], 1 / ratios[RELEASED]))
+            has_goal = batch == 1 and size >= GOAL_FROM
+            for name in (ALONE, RELEASED):
+                told = TOLD.get((batch, size)) == name
+                if told or (has_goal and name == ALONE):
+                    findings.append(
+                        Finding(
+                            what=f"inference, {size} px, batch {batch}",
+                            ours=each[OURS],
+                            unit="ms a photo",
+                            against=f"{REGIONS + 1} times the backbone" if name == ALONE else RELEASED,
+                            theirs=each[name],
+                            ratio=ratios[name],
+                            at_most=GOAL if has_goal and name == ALONE else None,
+                            in_readme=told,
+                        )
+                    )
+    columns = (
+        *("px", "batch", "MCAR, ms a photo", f"backbone alone on {REGIONS + 1} times the images, ms a photo"),
+        *("MCAR takes, times", "release's way, ms a photo", "it takes, times MCAR's"),
+    )
+    return Report(
+        title="Inference",
+        about=f"MobileNet-v2, N = {REGIONS}, 80 classes, float32, from uint8 squares to scores. MCAR runs its backbone "
+        f"on the photo and on N crops of it, so the backbone alone on {REGIONS + 1} times as many images is what it "
+        "cannot go far below. The release's way is a plain loop over images and classes that resizes the map of every "
+        "class, in the memory layout that the release had (ours: channels_last); its boxes were checked to be the "
+        "same. No arm folds its batch normalisation.",
+        findings=tuple(findings),
+        tables=(Table(heading="All sizes and batches", columns=columns, rows=tuple(rows)),),
+        notes=("The arms take turns; medians over rounds, and ratios are medians of each round's own.",),
+    )

@@ -1,0 +1,66 @@
+"""A photo through a model that was handed on: mcar_lib.load(...).predict, one at a time and several together."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from reports import Cell, Finding, Report, Table
+from timing import Skipped, in_turns, photos, ratio
+from torch import Tensor
+
+import mcar_lib
+from mcar_lib.data.image_set import Photo
+from mcar_lib.released import ReleasedModel
+
+MODEL, BATCHES, PHOTOS, ROUNDS = "voc-photos", (1, 8, 32), 32, 5
+SIDES = (500, 375)  # of a photo that is made up, as most of VOC are
+
+
+def some_photos(count: int) -> tuple[Sequence[Photo], str]:
+    """Real ones, else made up; and what they are."""
+    try:
+        return photos(count).paths, "photos of VOC 2007, read from their files"
+    except Skipped:
+        noise = np.random.default_rng(0).integers(256, size=(count, 12, 16, 3), dtype=np.uint8)
+        return [Image.fromarray(each).resize(SIDES) for each in noise], "made-up photos in memory, no photos being here"
+
+
+def measure(quick: bool) -> Report:
+    model = mcar_lib.load(MODEL)
+    found, what = some_photos(PHOTOS)
+    if quick:
+        found = found[: max(BATCHES)]
+    network = model.network_input(found)
+    arms = {f"predict {batch}": _predict(model, found, batch) for batch in BATCHES}
+    arms |= {f"network {batch}": _forward(model, network, batch) for batch in BATCHES}
+    seconds = in_turns(arms, 1 if quick else ROUNDS)
+    each = {name: 1000 * statistics.median(times) / len(found) for name, times in seconds.items()}
+    rows: list[tuple[Cell, ...]] = [(batch, each[f"predict {batch}"], each[f"network {batch}"]) for batch in BATCHES]
+    first, last = BATCHES[0], BATCHES[-1]
+    finding = Finding(
+        what=f"predict, batch {first}",
+        ours=each[f"predict {first}"],
+        unit="ms a photo",
+        against=f"batch {last}",
+        theirs=each[f"predict {last}"],
+        ratio=ratio(seconds, f"predict {first}", f"predict {last}"),
+    )
+    columns = ("batch", "predict, ms a photo", "of it the network, ms a photo")
+    return Report(
+        title="Prediction",
+        about=f"mcar_lib.load({MODEL!r}).predict at {model.image_size} px on {len(found)} {what}: everything from the "
+        "photo to its scores, as anybody calls it, with no setting of memory or threads of this benchmark's own.",
+        findings=(finding,),
+        tables=(Table(heading="By batch", columns=columns, rows=tuple(rows)),),
+        notes=("The batches take turns; medians over rounds.",),
+    )
+
+
+def _predict(model: ReleasedModel, found: Sequence[Photo], batch: int) -> Callable[[], object]:
+    return lambda: [model.predict(found[first : first + batch]) for first in range(0, len(found), batch)]
+
+
+def _forward(model: ReleasedModel, inputs: Tensor, batch: int) -> Callable[[], object]:
+    return torch.inference_mode()(lambda: [model.model(part) for part in inputs.split(batch)])
