@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -755,7 +756,10 @@ def predict(
         raise typer.BadParameter("--json and --csv: choose one of them")
     files = find_photos(photos)
     drawn = picture_paths(files, made_folder(pictures, "choose another --pictures folder")) if pictures else []
-    released = load_released(model, results, artifacts).on(device)
+    with warnings.catch_warnings(record=True) as warned:  # of int8 on a processor that is not made for it
+        released = load_released(model, results, artifacts).on(device)
+    for warning in warned:
+        typer.echo(printable(str(warning.message)), err=True)
     told, failed = list[dict[str, Any]](), list[DataError]()
     with Progress("photos", len(files)) as bar:
         for index, found in enumerate(released.each(files, threshold, batch_size)):

@@ -140,7 +140,7 @@ def write_graph(
 
     about: what the file says of itself, JSON, with "config" and its image_size S. squares: uint8 (M, 3, S, S), on which
     both are held against each other. precision: "fp16" keeps the weights in half precision and computes in float32;
-    "int8" also computes the local stream in 8 bits, with ranges from calibration, uint8 (n, 3, S, S).
+    "int8" computes the local stream in 8 bits, with ranges from calibration, uint8 (n, 3, S, S).
     Raises ConfigError on what cannot be exported, or a package that is missing, WeightsError where the graph disagrees
     or the file cannot be written. An earlier file then stays.
     """
@@ -285,7 +285,7 @@ def _onnx(
         if precision == "int8":
             assert samples is not None
             graph = _with_int8_crops(graph, samples)
-        if precision != "fp32":
+        if precision == "fp16":
             _halve_weights(graph)
     onnx.helper.set_model_props(graph, {METADATA: json.dumps(about)})
     return bytes(graph.SerializeToString())
