@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from timing import machine, median_seconds, print_report, report_parser
 from torch import Tensor
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.model import build_mcar
 from mcar_lib.regions import attentional_regions, crop_regions
-from mcar_lib.training import keep_freed_memory
 
 BATCH, CLASSES, SIZE, REGIONS, TAU = 16, 80, 448, 4, 0.5
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from mcar_lib.errors import ConfigError, WeightsError
+from mcar_lib.lean_torchvision import torchvision
 from mcar_lib.weights import Bundle, Source
 
 STRIDE = 32

@@ -407,6 +407,15 @@ def train(
             "--recompute", envvar="MCAR_RECOMPUTE", help="Less memory, more time: activations are computed twice."
         ),
     ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            envvar="MCAR_MEMORY",
+            help="GiB to stay within: activations are computed twice where that is enough, with the same numbers; else "
+            "in bf16, unless --set precision says otherwise.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(**PATH, help="Photos of your own: a CSV, a COCO .json, folders of classes, a YOLO or VOC folder."),
@@ -430,6 +439,7 @@ def train(
 
     SIGINT, SIGTERM or SIGHUP end it after the step that it is in, with a checkpoint and exit code 75: the same command
     goes on from there."""
+    from mcar_lib.runs.memory import in_half_precision
     from mcar_lib.runs.published import beside_record
     from mcar_lib.runs.records import NO_TEST_LABELS
     from mcar_lib.runs.trainer import dry_run as run_dry
@@ -442,6 +452,7 @@ def train(
         "checkpoint_minutes": checkpoint_minutes,
         "trackers": tuple(name for names in track or () for name in names.split(",")),
         "recompute": recompute,
+        "memory": memory,
     }
     asked = dataclasses.replace(asked, results=own)
     if start:
@@ -451,6 +462,8 @@ def train(
         test = None
     else:
         runs, config, test = _own_run(asked, data, minutes, skip_unreadable, how)
+    if memory and "precision" not in parse_settings(asked.settings or []):
+        config = in_half_precision(config, runs.data(config).num_images, memory)
     if dry_run:
         for line in run_dry(runs.splits, config, runs.profile.threads, runs.execution).lines:
             typer.echo(line)

@@ -215,7 +215,7 @@ def _recomputed(features: nn.Module) -> Callable[[Tensor], Tensor]:
     """The same function, block by block, with activations that are computed again when gradients need them."""
 
     def compute(x: Tensor) -> Tensor:
-        for block in _blocks(features):
+        for block in blocks_of(features):
             contexts = functools.partial(_first_and_again, block)
             x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return x
@@ -223,7 +223,7 @@ def _recomputed(features: nn.Module) -> Callable[[Tensor], Tensor]:
     return compute
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """The parts that follow one another. Layers between them stay together: one may work in place on what another has
     made."""
     if not isinstance(module, nn.Sequential):
@@ -233,7 +233,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         if are_layers:
             yield nn.Sequential(*parts)
         else:
-            yield from (block for part in parts for block in _blocks(part))
+            yield from (block for part in parts for block in blocks_of(part))
 
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

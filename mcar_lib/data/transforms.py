@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from mcar_lib.backbones import IMAGENET_MEAN, IMAGENET_STD
 from mcar_lib.model import MCAR
@@ -20,7 +19,7 @@ def resize_square(image: Tensor, size: int) -> Tensor:
 
     image: uint8 (3, H, W) -> uint8 (3, size, size). Bilinear with antialias, as PIL does it.
     """
-    return functional.resize(image, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0].contiguous()
 
 
 class Colours(NamedTuple):
@@ -44,9 +43,10 @@ def crop_and_flip(
     kinds = torch.randperm(3, generator=generator)
     uniform = torch.rand(3, generator=generator)
     if crop_area < 1:
-        image = functional.resized_crop(image, *_window(image.shape[-1], crop_area, generator), list(image.shape[-2:]))
+        top, left, height, width = _window(image.shape[-1], crop_area, generator)
+        image = resize_square(image[:, top : top + height, left : left + width], image.shape[-1])
     if flip and coin < 0.5:
-        image = functional.horizontal_flip(image)
+        image = image.flip(-1)
     low, high = max(0.0, 1.0 - jitter), 1.0 + jitter
     return image, Colours(kinds, low + (high - low) * uniform[kinds])
 

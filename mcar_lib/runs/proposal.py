@@ -12,7 +12,7 @@ from mcar_lib.files import content_id, read_json, write_json
 from mcar_lib.progress import format_seconds
 from mcar_lib.runs.config import RunConfig
 from mcar_lib.runs.environment import taken_memory
-from mcar_lib.runs.memory import free_memory
+from mcar_lib.runs.memory import GIB, free_memory
 from mcar_lib.runs.records import read_records
 from mcar_lib.runs.runs import Runs
 from mcar_lib.runs.trainer import DryRun, dry_run
@@ -91,7 +91,9 @@ def propose(
     cost = _measured(runs, config, fixed)
 
     def choose() -> tuple[dict[str, int], str]:
-        chosen, line = _chosen(cost, config, fixed, 60 * (minutes or MINUTES), free_memory())
+        free, allowed = free_memory(), runs.execution.memory
+        free = free if allowed is None else min(free, round(allowed * GIB))
+        chosen, line = _chosen(cost, config, fixed, 60 * (minutes or MINUTES), free)
         write_json(note, chosen)
         return chosen, line
 

@@ -20,7 +20,7 @@ from mcar_lib.progress import say
 from mcar_lib.runs.config import Profile, RunConfig, load_profile
 from mcar_lib.runs.environment import PeakMemory
 from mcar_lib.runs.fingerprints import accepted
-from mcar_lib.runs.memory import shortage
+from mcar_lib.runs.memory import told_of_precision, within
 from mcar_lib.runs.outcome import Outcome, alone
 from mcar_lib.runs.records import RECORD_FORMAT, Record, Value, kept, read_records, run_id_of
 from mcar_lib.runs.splits import Data, Splits
@@ -152,9 +152,9 @@ class Runs:
             followed.enter_context(status.following(config.label, run_id, self.profile.name))
             if self.verbose:
                 say(f"training {config.label} ({run_id})")
-                self._tell_once(*self._memory_shortage(config))
+            execution = processes.broadcast_from_main(lambda: self._within_memory(config))
             started, memory, threads = time.monotonic(), PeakMemory(), self.profile.threads
-            mcar, state = train(self.splits, config, outcome, threads, self.execution, status.tell)
+            mcar, state = train(self.splits, config, outcome, threads, execution, status.tell)
             names = {"format": RECORD_FORMAT, "run_id": run_id, "label": config.label, "profile": self.profile.name}
             seconds = time.monotonic() - started
             measured = described(config, self.data(config), mcar, state, seconds, memory, threads)
@@ -170,12 +170,13 @@ class Runs:
 
             return processes.broadcast_from_main(keep)
 
-    def _memory_shortage(self, config: RunConfig) -> list[str]:
-        """A line where a run seems to need more memory than is free."""
+    def _within_memory(self, config: RunConfig) -> Execution:
+        """How the run is carried out in the memory that there is for it; says what is to be said of that."""
         with contextlib.suppress(RuntimeError, NotImplementedError):  # tensors without content cannot do everything
-            if short := shortage(config, self.data(config).num_images):
-                return [short]
-        return []
+            execution, lines = within(config, self.data(config).num_images, self.execution)
+            self._tell_once(*lines, *told_of_precision(config))
+            return execution
+        return self.execution
 
     def _check_places(self) -> None:
         made_folder(self.local_folder / "runs")

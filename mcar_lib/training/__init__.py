@@ -10,7 +10,6 @@ from mcar_lib.training.loop import (
     check_groups,
     evaluate,
     fit,
-    keep_freed_memory,
     stream_map,
 )
 from mcar_lib.training.recipe import (
@@ -39,7 +38,7 @@ __all__ = [
     "EpochResult", "Execution", "Fit", "Positive", "Recipe", "Standing", "StepLoss", "StreamScores",
     "TrainingBatch", "TrainingImages",
     "batch_scores", "build_optimizer", "build_schedule", "check_groups", "evaluate", "fit", "forward_in_groups",
-    "keep_freed_memory", "network_input", "parameter_groups", "processes", "seed_everything", "stream_map",
+    "network_input", "parameter_groups", "processes", "seed_everything", "stream_map",
     "training_step",
 ]
 # fmt: on

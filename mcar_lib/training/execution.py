@@ -19,7 +19,8 @@ class Execution:
     for twice as much, else nowhere. checkpoint_minutes: between two checkpoints within an epoch; there is one after
     each epoch in any case. trackers: accelerate's names of what scalars are sent to ("tensorboard"). recompute:
     activations of the pass over the crops are computed again in the backward pass instead of kept: less memory, more
-    time; a GPU that has too little memory without it turns it on.
+    time; a GPU that has too little memory without it turns it on. memory: GiB that a run may take, by which it is
+    turned on; None: what is free (a GPU finds out in the first step).
     Raises ConfigError on any other value.
     """
 
@@ -28,6 +29,7 @@ class Execution:
     checkpoint_minutes: float = 10.0
     trackers: tuple[str, ...] = ()
     recompute: bool = False
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
@@ -36,11 +38,13 @@ class Execution:
             raise ConfigError(f"cache is {self.cache!r}; choose one of {', '.join(CACHES)}")
         if not self.checkpoint_minutes >= 0:
             raise ConfigError(f"checkpoint_minutes is {self.checkpoint_minutes}; give a number of minutes, 0 or more")
+        if self.memory is not None and not self.memory > 0:
+            raise ConfigError(f"memory is {self.memory}; give a number of GiB above 0")
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> "Execution":
-        """What MCAR_WORKERS, MCAR_CACHE, MCAR_CHECKPOINT_MINUTES, MCAR_TRACKERS and MCAR_RECOMPUTE (1) say: notebooks
-        have no options."""
+        """What MCAR_WORKERS, MCAR_CACHE, MCAR_CHECKPOINT_MINUTES, MCAR_TRACKERS, MCAR_RECOMPUTE (1) and MCAR_MEMORY
+        say: notebooks have no options."""
         found: dict[str, object] = {}
         kinds: dict[str, Callable[[str], object]] = {
             "workers": int,
@@ -48,6 +52,7 @@ class Execution:
             "checkpoint_minutes": float,
             "trackers": _names,
             "recompute": lambda text: bool(int(text)),
+            "memory": float,
         }
         for name, kind in kinds.items():
             if text := environment.get(f"MCAR_{name.upper()}"):

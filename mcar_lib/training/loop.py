@@ -7,7 +7,6 @@ statistics_batch = batch_size / P, but for the running statistics, which are tho
 
 import contextlib
 import copy
-import ctypes
 import functools
 import json
 import os
@@ -30,6 +29,7 @@ from mcar_lib.data.squares import ResizedImages
 from mcar_lib.data.transforms import jitter_colours, network_input
 from mcar_lib.errors import ConfigError, Stopped
 from mcar_lib.files import OTHER_ARTIFACTS, without_nan, write_bytes
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR
 from mcar_lib.progress import Progress, format_seconds, say
@@ -69,7 +69,6 @@ SETTINGS = {
     "DNNL_DEFAULT_FPMATH_MODE": ("", "STRICT"),
     "NVIDIA_TF32_OVERRIDE": ("",),
 }
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def fit(
@@ -485,13 +484,3 @@ def _epoch_line(result: EpochResult, epochs: int, rate: float) -> str:
         f"{f'mAP {scored}' if scored else 'not scored'}, {rate:.0f} images/s, "
         f"{format_seconds(result.train_seconds + result.test_seconds)}"
     )
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc reuse large freed blocks instead of handing them back to the system after every layer; fetching
-    them anew costs more than half of a CPU training step. Has no effect on numbers, nor where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TOP_PAD, 2**28)
