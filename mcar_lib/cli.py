@@ -727,7 +727,8 @@ def _export_graph(
         run, artifacts = _record_of(runs, config).run_id, runs.artifacts
     photos = find_photos([check_photos])[:CHECKED] if check_photos else []
     calibration = find_photos([calibrate]) if calibrate else photos
-    released = load_released(run, asked.results, artifacts)
+    # Half precision keeps the weights of a released file exactly, but not what folding makes of them.
+    released = load_released(run, asked.results, artifacts, quick=precision is not Digits.FP16)
     found = export_graph(released, output.resolve(), photos, precision.value, calibration)
     where = f"{found.images} photos" if photos else f"{found.images} drawn squares"
     typer.echo(

@@ -205,16 +205,17 @@ def models_folder() -> Path:
 
 
 def load_released(
-    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None
+    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None, quick: bool = True
 ) -> ReleasedModel:
     """A model by its name, which the package brings along; from a .safetensors, .onnx or .pt2 file that `mcar export`
     wrote; or by the id of a run that was trained on this machine.
 
-    results, artifacts: where a run's record and weights are, by default the project's own folders. Raises WeightsError
+    results, artifacts: where a run's record and weights are, by default the project's own folders. quick: batch
+    normalisation folded into the convolutions; without, the weights are as they were trained. Raises WeightsError
     if there is no such file, or run, or it is not one of these.
     """
     if RUN_ID.fullmatch(str(name_or_path)):
-        return _load_run(str(name_or_path), results, artifacts)
+        return _load_run(str(name_or_path), results, artifacts, quick)
     path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  # Path.expanduser fails on an unknown ~name
     if path.suffix in SUFFIXES:
         return _load_graph(path)
@@ -241,7 +242,9 @@ def load_released(
             about_file = "" if str(path) in str(error) else f"{path}: "
             raise WeightsError(f"{about_file}{error}") from error
     model.mean, model.std = header.mean, header.std
-    return ReleasedModel(_made_quick(model), classes, config.image_size, about, header.decision_threshold)
+    return ReleasedModel(
+        _made_quick(model) if quick else model.eval(), classes, config.image_size, about, header.decision_threshold
+    )
 
 
 def _load_graph(path: Path) -> ReleasedModel:
@@ -297,7 +300,7 @@ def _about_graph(released: ReleasedModel) -> dict[str, Any]:
     }
 
 
-def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> ReleasedModel:
+def _load_run(run_id: str, results: Path | None, artifacts: Path | None, quick: bool) -> ReleasedModel:
     from mcar_lib.runs.trainer import load_model
 
     record = record_of(run_id, results)
@@ -307,7 +310,8 @@ def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> Rele
         raise WeightsError(
             f"{weights}: the weights of this run are not on this machine; train it again, or --artifacts"
         )
-    model = _made_quick(load_model(record.config, len(record.classes), weights))
+    model = load_model(record.config, len(record.classes), weights).eval()
+    model = _made_quick(model) if quick else model
     threshold = record.content.get("decision_threshold", 0.5)
     return ReleasedModel(model, tuple(record.classes), record.config.image_size, record.content, threshold)
 
