@@ -29,7 +29,13 @@ from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import ConfigError, WeightsError
 from mcar_lib.exported import GraphModel, agreement, drawn_squares, int8_told
 from mcar_lib.model import MCAR, build_mcar
-from mcar_lib.regions import attentional_regions, select_classes
+from mcar_lib.regions import (
+    attention_maps,
+    attentional_regions,
+    class_marginals,
+    locate_intervals,
+    select_classes,
+)
 from mcar_lib.released import ReleasedModel, export_graph, export_run, load_released
 from mcar_lib.runs import RunConfig, Runs
 
@@ -545,8 +551,13 @@ def test_the_released_model_s_graph_agrees_on_photos_but_for_the_last_bit(voc_gr
     assert boxes_from_its_own_maps(voc_graph, tmp_path, eager, squares) == 256
 
 
+def _last_bits_changed(values: Tensor, random: torch.Generator) -> Tensor:
+    return values * (1 + 3e-7 * torch.randn(values.shape, generator=random))
+
+
 def boxes_from_its_own_maps(path: Path, folder: Path, model: MCAR, squares: Tensor) -> int:
-    """How many boxes of a graph are those that the region module finds in the graph's own class maps."""
+    """How many boxes of a graph are those that the region module finds in the graph's own class maps, or in their
+    marginals with a change in the last digits that float32 has."""
     graph = onnx.load(path)
     nodes = list(graph.graph.node)
     crop = next(index for index, node in enumerate(nodes) if node.op_type == "GridSample")
@@ -554,11 +565,18 @@ def boxes_from_its_own_maps(path: Path, folder: Path, model: MCAR, squares: Tens
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in (pooled, maps))
     onnx.save(graph, folder / "maps.onnx")
     session, equal = onnxruntime.InferenceSession(folder / "maps.onnx"), 0
+    random = torch.Generator().manual_seed(0)
     for part in squares.split(8):
         values = network_input(model, part).contiguous().numpy()
         boxes, logits, class_logits = map(torch.from_numpy, session.run(["boxes", pooled, maps], {"images": values}))
         own = attentional_regions(class_logits, logits.flatten(1), (224, 224), model.num_regions, model.threshold)
-        equal += int((own.boxes == boxes).all(dim=-1).sum())
+        found = (own.boxes == boxes).all(dim=-1)
+        both = class_marginals(attention_maps(class_logits, own.classes, (224, 224)))
+        for _ in range(16):
+            x, y = (locate_intervals(_last_bits_changed(each, random).flatten(0, 1), model.threshold) for each in both)
+            changed = torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
+            found |= (changed.view_as(boxes) == boxes).all(dim=-1)
+        equal += int(found.sum())
     return equal
 
 
