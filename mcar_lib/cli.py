@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -52,6 +53,7 @@ EPILOG = (
     "3 data; 4 weights or checkpoint; 5 results; 75 training was stopped and left a checkpoint of that moment, from "
     "which the same command goes on; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM elsewhere."
 )
+CHECKED = 64  # photos at most, on which an exported graph is held against PyTorch
 # What the scores of a checkpoint depend on beside its weights.
 RELEASED = (
     *("dataset", "backbone", "pooling", "image_size", "num_regions", "threshold"),
@@ -155,6 +157,12 @@ class Action(StrEnum):
     GET = "get"
     PREPARE = "prepare"
     CHECK = "check"
+
+
+class Digits(StrEnum):
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
 
 
 class Place(StrEnum):
@@ -636,23 +644,60 @@ def evaluate(
 @about_a_run
 def export(
     asked: Asked,
-    output: Annotated[
-        Path, typer.Option(**PATH, help="The .safetensors file to write; its model card goes beside it.")
-    ],
-    run: Annotated[
-        str | None, typer.Option(help="The run's id, as mcar train and mcar status tell it, in place of its settings.")
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="A run's id, as mcar status tells it, voc-photos, or a .safetensors file."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Argument(**{**PATH, "metavar": "[FILE]"}, help="Written: .safetensors, .onnx, .pt2.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(**PATH, help="The same as FILE.")] = None,
+    run: Annotated[str | None, typer.Option(help="The same as RUN; without either the run is that of --set.")] = None,
+    precision: Annotated[
+        Digits, typer.Option(help="Of .onnx: fp16 keeps weights in half precision; int8 computes the crops in 8 bits.")
+    ] = Digits.FP32,
+    check_photos: Annotated[
+        Path | None, typer.Option(**PATH, help="Photos on which a graph is held against PyTorch; else drawn squares.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(**PATH, help="Photos by which int8 chooses its ranges; else those of --check-photos.")
     ] = None,
 ) -> None:
-    """Write a run's weights as a small fp16 file that mcar_lib.load reads, with a model card."""
-    from mcar_lib.files import write_text
-    from mcar_lib.released import card_text, check_output, export_run, models_folder, percent, record_of
+    """Write a model to hand on: a small fp16 file with a model card (.safetensors), or a graph, region finding
+    included, that runs without this library (.onnx by onnxruntime, .pt2 by torch). mcar_lib.load reads all three.
 
-    if output.suffix != ".safetensors":
-        raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
+    A graph is written only if it finds the boxes and scores that PyTorch does."""
+    output, run = _only_one(output, file, "--output and FILE"), _only_one(run, source, "--run and RUN")
+    if output is None:
+        raise typer.BadParameter("name the file to write: mcar export RUN model.onnx")
+    if run and (asked.row or asked.settings):
+        raise typer.BadParameter("RUN, or --run, says all of a run; leave --row and --set out")
+    if output.suffix in (".onnx", ".pt2"):
+        _export_graph(asked, run, output, precision, check_photos, calibrate)
+    elif output.suffix != ".safetensors":
+        raise typer.BadParameter(f"{output}: the name must end in .safetensors, .onnx or .pt2")
+    elif precision is not Digits.FP32 or check_photos or calibrate:
+        raise typer.BadParameter("--precision, --check-photos and --calibrate are for .onnx and .pt2")
+    else:
+        _export_weights(asked, run, output)
+
+
+def _only_one(one: Any, other: Any, names: str) -> Any:
+    if one is not None and other is not None:
+        raise typer.BadParameter(f"{names}: give one of them")
+    return other if one is None else one
+
+
+def _export_weights(asked: Asked, run: str | None, output: Path) -> None:
+    from mcar_lib.files import write_text
+    from mcar_lib.released import RUN_ID, card_text, check_output, export_run, models_folder, percent, record_of
+
     check_output(output)
     if run:
-        if asked.row or asked.settings:
-            raise typer.BadParameter("--run says all of a run; leave --row and --set out")
+        if not RUN_ID.fullmatch(run):
+            raise typer.BadParameter(f"{run} is no run's id; a released model is a .safetensors file already: copy it")
         record = record_of(run, asked.results)
         profile = asked.profile or record.content["profile"]
         runs, config = dataclasses.replace(asked, profile=profile).open()[0], record.config
@@ -666,11 +711,38 @@ def export(
     typer.echo(f"{output}: {size:.1f} MB, mAP {percent(about['mAP'])} (run: {percent(about['run_mAP'])})")
 
 
+def _export_graph(
+    asked: Asked, run: str | None, output: Path, precision: Digits, check_photos: Path | None, calibrate: Path | None
+) -> None:
+    from mcar_lib.data.photo_files import find_photos
+    from mcar_lib.exported import check_graph_path, int8_told
+    from mcar_lib.released import export_graph, load_released
+
+    check_graph_path(output)
+    if precision is Digits.INT8 and not (calibrate or check_photos):
+        raise typer.BadParameter("int8 needs photos like those it will see: --calibrate FOLDER")
+    artifacts = asked.artifacts
+    if run is None:
+        runs, config = asked.open()
+        run, artifacts = _record_of(runs, config).run_id, runs.artifacts
+    photos = find_photos([check_photos])[:CHECKED] if check_photos else []
+    calibration = find_photos([calibrate]) if calibrate else photos
+    # Half precision keeps the weights of a released file exactly, but not what folding makes of them.
+    released = load_released(run, asked.results, artifacts, quick=precision is not Digits.FP16)
+    found = export_graph(released, output.resolve(), photos, precision.value, calibration)
+    where = f"{found.images} photos" if photos else f"{found.images} drawn squares"
+    typer.echo(
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB, {precision.value}; against PyTorch on {where}: {found}"
+    )
+    if precision is Digits.INT8 and (told := int8_told()):
+        typer.echo(told, err=True)
+
+
 @app.command()
 def predict(
     photos: Annotated[list[str], typer.Argument(metavar="PHOTO|FOLDER...", help="Photos, or folders of them.")],
     model: Annotated[
-        str, typer.Option(help="One that comes along, a .safetensors file of mcar export, or the id of a run.")
+        str, typer.Option(help="One that comes along, a file of mcar export, or the id of a run.")
     ] = "voc-photos",
     pictures: Annotated[
         Path | None, typer.Option(**PATH, help="A folder for the photos with boxes, classes and scores drawn on them.")
@@ -698,7 +770,10 @@ def predict(
         raise typer.BadParameter("--json and --csv: choose one of them")
     files = find_photos(photos)
     drawn = picture_paths(files, made_folder(pictures, "choose another --pictures folder")) if pictures else []
-    released = load_released(model, results, artifacts).on(device)
+    with warnings.catch_warnings(record=True) as warned:  # of int8 on a processor that is not made for it
+        released = load_released(model, results, artifacts).on(device)
+    for warning in warned:
+        typer.echo(printable(str(warning.message)), err=True)
     told, failed = list[dict[str, Any]](), list[DataError]()
     with Progress("photos", len(files)) as bar:
         for index, found in enumerate(released.each(files, threshold, batch_size)):

@@ -101,6 +101,11 @@ class MCAR(nn.Module):
         self.mean, self.std = mean, std
         self.recompute = False  # of training: see pass_over_crops
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.convclass.weight.device
+
     def forward(self, images: Tensor, between: Callable[[Tensor], None] | None = None) -> Output:
         """images: (B, 3, H, W) normalised float, H and W multiples of 32. Returns Output.
 
@@ -108,7 +113,7 @@ class MCAR(nn.Module):
         global stream there, so that its activations are freed first; the Output's global logits then have no graph.
         """
         check_image_size(images.shape[-2:])
-        with torch.autocast(images.device.type, enabled=False):
+        with _in_float32(images):
             global_logits, regions = self.pass_over_images(images)
             if regions is not None and between is not None:
                 between(global_logits)
@@ -134,7 +139,7 @@ class MCAR(nn.Module):
         crops = crops.contiguous(memory_format=_memory_format(images))
         features = _recomputed(self.features) if self.recompute and self.training else self.features
         region_logits = self.classify(self.pool(features(crops)))  # (B*N, K)
-        return region_logits.view(len(images), self.num_regions, -1).amax(dim=1)
+        return region_logits.view(images.shape[0], self.num_regions, -1).amax(dim=1)
 
     def pool(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 1, 1): average, maximum, or their mean (gwp)."""
@@ -151,7 +156,7 @@ class MCAR(nn.Module):
     def class_logits(self, feature_map: Tensor) -> Tensor:
         """The shared 1x1 convolution, (B, C, h, w) -> (B, K, h, w), always in float32: under bf16 the attention maps
         would be too coarse to localise in."""
-        with torch.autocast(feature_map.device.type, enabled=False):
+        with _in_float32(feature_map):
             return F.conv2d(feature_map.float(), self.convclass.weight, self.convclass.bias)
 
     @torch.no_grad()
@@ -247,6 +252,11 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
     finally:
         for module, buffers in zip(modules, before, strict=True):
             module._buffers.update(buffers)
+
+
+def _in_float32(values: Tensor) -> AbstractContextManager[object]:
+    """Autocast off. A graph that is being exported runs without it, and torch.export.load cannot read the context."""
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(values.device.type, enabled=False)
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:

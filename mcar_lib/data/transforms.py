@@ -97,5 +97,5 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def network_input(model: MCAR, images: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) on any device -> float32 in channels_last on the model's device, normalised as it wants."""
-    images = images.to(model.convclass.weight.device, non_blocking=True)
+    images = images.to(model.device, non_blocking=True)
     return normalise(images, model.mean, model.std).contiguous(memory_format=torch.channels_last)
