@@ -131,7 +131,6 @@ class MCAR(nn.Module):
         numbers for less memory and more time.
         """
         crops = crop_regions(images, boxes)  # (B*N, 3, H, W)
-        crops = crops.contiguous(memory_format=_memory_format(images))
         features = _recomputed(self.features) if self.recompute and self.training else self.features
         region_logits = self.classify(self.pool(features(crops)))  # (B*N, K)
         return region_logits.view(len(images), self.num_regions, -1).amax(dim=1)
@@ -247,8 +246,3 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
     finally:
         for module, buffers in zip(modules, before, strict=True):
             module._buffers.update(buffers)
-
-
-def _memory_format(images: Tensor) -> torch.memory_format:
-    channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
