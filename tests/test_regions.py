@@ -581,7 +581,8 @@ def test_crops_are_those_of_the_committed_runs_bit_by_bit(
     images = images.contiguous(memory_format=memory_format)
     boxes = random_boxes(batch, num_regions, 96, 64, seed=num_regions)
     crops = crop_regions(images, boxes)
-    assert torch.equal(crops, crops_by_pairs(images, boxes)) and crops.is_contiguous(memory_format=memory_format)
+    assert torch.equal(crops, crops_by_pairs(images, boxes))
+    assert crops.is_contiguous(memory_format=memory_format)
 
 
 def test_crops_carry_no_gradient() -> None:
