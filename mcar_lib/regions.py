@@ -204,17 +204,18 @@ def check_threshold(threshold: float) -> None:
 
 
 @torch.no_grad()
-def crop_regions(images: Tensor, boxes: Tensor) -> Tensor:
+def crop_regions(images: Tensor, boxes: Tensor, size: int | None = None) -> Tensor:
     """Crops every box and resizes it to the size of the input, bilinearly with aligned corners (step 5).
 
     images: (B, 3, H, W) float; boxes: (B, N, 4) int64 x1 y1 x2 y2, half-open. Returns (B*N, 3, H, W), the regions of
-    one image next to one another, in the images' memory format. No gradient flows to the images. Source: the release's
-    crop and upsampling.
+    one image next to one another, in the images' memory format; size: squares of this side in place of H x W. No
+    gradient flows to the images. Source: the release's crop and upsampling; the release has no size.
     """
-    (batch, channels, height, width), num_regions = images.shape, boxes.shape[1]
+    (batch, channels, *image_size), num_regions = images.shape, boxes.shape[1]
+    height, width = (size, size) if size else image_size
     x1, y1, x2, y2 = boxes.to(torch.float32).unbind(-1)  # each (B, N)
-    x = _sample_points(x1, x2, width)  # (B, N, W)
-    y = _sample_points(y1, y2, height)  # (B, N, H)
+    x = _sample_points(x1, x2, image_size[1], width)  # (B, N, W)
+    y = _sample_points(y1, y2, image_size[0], height)  # (B, N, H)
     # All x, then all y: sampling reads such a grid as fast as one of pairs, and it is written several times faster.
     planes = torch.stack(
         (
@@ -245,8 +246,9 @@ def _side_by_side(crops: Tensor, channels_last: bool) -> Tensor:
     return crops.permute(0, 1, 3, 4, 2).contiguous().flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def _sample_points(start: Tensor, end: Tensor, length: int) -> Tensor:
-    """Aligned-corner sample positions of [start, end) in grid_sample's coordinates, where 0 .. length-1 is -1 .. 1."""
-    steps = torch.linspace(0, 1, length, device=start.device)
+def _sample_points(start: Tensor, end: Tensor, length: int, count: int) -> Tensor:
+    """So many aligned-corner sample positions of [start, end) in grid_sample's coordinates, where 0 .. length-1 is
+    -1 .. 1."""
+    steps = torch.linspace(0, 1, count, device=start.device)
     pixels = start[..., None] + steps * (end - 1 - start)[..., None]
     return pixels * (2 / (length - 1)) - 1
