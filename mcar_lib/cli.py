@@ -727,8 +727,7 @@ def _export_graph(
         run, artifacts = _record_of(runs, config).run_id, runs.artifacts
     photos = find_photos([check_photos])[:CHECKED] if check_photos else []
     calibration = find_photos([calibrate]) if calibrate else photos
-    # Half precision keeps the weights of a released file exactly, but not what folding makes of them.
-    released = load_released(run, asked.results, artifacts, quick=precision is not Digits.FP16)
+    released = load_released(run, asked.results, artifacts)
     found = export_graph(released, output.resolve(), photos, precision.value, calibration)
     where = f"{found.images} photos" if photos else f"{found.images} drawn squares"
     typer.echo(
@@ -753,6 +752,14 @@ def predict(
         float | None, typer.Option(min=0, max=1, help="The score of a label; by default the model's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos that are looked at together.")] = 16,
+    floor: Annotated[float, typer.Option(help="Cheaper: no second look at regions of a lower global score.")] = 0.0,
+    share: Annotated[
+        float, typer.Option(help="Cheaper: only at the first regions with this share of all regions' scores.")
+    ] = 1.0,
+    local_size: Annotated[
+        int | None,
+        typer.Option(help="Cheaper: crops of so many pixels, a multiple of 32; by default the model's size."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU where there is one.")] = None,
     results: ResultsFolder = None,
     artifacts: Artifacts = None,
@@ -763,15 +770,18 @@ def predict(
     code 3; all others are done."""
     from mcar_lib.data.photo_files import find_photos, picture_paths
     from mcar_lib.files import made_folder
+    from mcar_lib.model import Look
     from mcar_lib.progress import Progress
     from mcar_lib.released import load_released
 
     if as_json and as_csv:
         raise typer.BadParameter("--json and --csv: choose one of them")
+    look = Look(floor, share, local_size)
     files = find_photos(photos)
     drawn = picture_paths(files, made_folder(pictures, "choose another --pictures folder")) if pictures else []
     with warnings.catch_warnings(record=True) as warned:  # of int8 on a processor that is not made for it
         released = load_released(model, results, artifacts).on(device)
+        released.look_so(look)
     for warning in warned:
         typer.echo(printable(str(warning.message)), err=True)
     told, failed = list[dict[str, Any]](), list[DataError]()

@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -35,8 +36,50 @@ Pooling = Literal["avg", "max", "gwp"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
+@dataclass(frozen=True)
+class Look:
+    """Which regions the local stream looks at, and how closely, in evaluation mode; by default at all N, at the size
+    of the input, as in training.
+
+    floor: a region whose class has a global score (a probability) below it is not looked at; maybe none is, and the
+    prediction is that of the global stream. share: of an image's regions the first ones are looked at, as few as make
+    up this share of the scores of all N, at least one. local_size: side of the crops in pixels, a multiple of 32 that
+    is not above the input's; None for the input's own.
+    Raises ConfigError for a value out of range. Source: this project's; the paper looks at all.
+    """
+
+    floor: float = 0.0
+    share: float = 1.0
+    local_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1:
+            raise ConfigError(f"floor is {self.floor}; it must lie in 0 .. 1, below 1: a region's least global score")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is {self.share}; it must lie above 0, up to 1: of the scores of all regions")
+        if self.local_size is not None:
+            check_image_size((self.local_size,))
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """Which regions are looked at: scores of their classes (B, N), as Regions has them -> bool (B, N)."""
+        chosen = scores >= self.floor
+        if self.share < 1:
+            before = scores.cumsum(dim=1) - scores  # of the regions before each
+            enough = before >= self.share * scores.sum(dim=1, keepdim=True)
+            enough[:, 0] = False
+            chosen = chosen & ~enough
+        return chosen
+
+
+EVERYTHING = Look()
+
+
 class Output(NamedTuple):
-    """Logits of both streams (B, K) and the regions between them; the last two are None with the local stream off."""
+    """Logits of both streams (B, K) and the regions between them; the last two are None with the local stream off.
+
+    The regions are all N, whatever the model's Look: Look.chosen(regions.scores) tells those that were looked at. The
+    local logits of an image of which none was are -inf.
+    """
 
     global_logits: Tensor
     local_logits: Tensor | None
@@ -100,6 +143,8 @@ class MCAR(nn.Module):
         self.generator = generator
         self.mean, self.std = mean, std
         self.recompute = False  # of training: see pass_over_crops
+        self.look = EVERYTHING  # of evaluation: see Look
+        self.local_features: nn.Module | None = None  # of evaluation: the same features computed quicker
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +163,10 @@ class MCAR(nn.Module):
             if regions is not None and between is not None:
                 between(global_logits)
                 global_logits = global_logits.detach()
-        local_logits = None if regions is None else self.pass_over_crops(images, regions.boxes)
+        if regions is None:
+            return Output(global_logits, None, None)
+        looks_at_all = self.training or self.look == EVERYTHING
+        local_logits = self.pass_over_crops(images, regions.boxes) if looks_at_all else self.look_at(images, regions)
         return Output(global_logits, local_logits, regions)
 
     def pass_over_images(self, images: Tensor) -> tuple[Tensor, Regions | None]:
@@ -136,10 +184,39 @@ class MCAR(nn.Module):
         numbers for less memory and more time.
         """
         crops = crop_regions(images, boxes)  # (B*N, 3, H, W)
-        crops = crops.contiguous(memory_format=_memory_format(images))
-        features = _recomputed(self.features) if self.recompute and self.training else self.features
-        region_logits = self.classify(self.pool(features(crops)))  # (B*N, K)
+        region_logits = self.classify(self.pool(self._features_of_crops()(crops)))  # (B*N, K)
         return region_logits.view(images.shape[0], self.num_regions, -1).amax(dim=1)
+
+    def look_at(self, images: Tensor, regions: Regions) -> Tensor:
+        """The local stream as `look` says, over the chosen crops alone: logits of l (B, K), -inf where none is chosen.
+
+        Reads back how many are chosen. Raises ConfigError for a local size above that of the images (B, 3, H, W).
+        """
+        size = self.look.local_size
+        if size is not None and size > min(images.shape[-2:]):
+            raise ConfigError(
+                f"local_size is {size}; it must not be above the {min(images.shape[-2:])} px of the input"
+            )
+        chosen = self.look.chosen(regions.scores)  # (B, N)
+        local_logits = images.new_full((*chosen.shape, self.convclass.out_channels), -torch.inf, dtype=torch.float32)
+        local_logits[chosen] = self.region_logits(images, regions.boxes, chosen, size)
+        return local_logits.amax(dim=1)
+
+    def region_logits(self, images: Tensor, boxes: Tensor, chosen: Tensor, size: int | None = None) -> Tensor:
+        """Logits (M, K) of the M chosen (B, N) of the boxes (B, N, 4), each cropped to a square of `size`, or to that
+        of the images (B, 3, H, W)."""
+        if chosen.all():  # no image is copied for its crops
+            crops = crop_regions(images, boxes, size)
+        else:
+            crops = crop_regions(images[chosen.nonzero()[:, 0]], boxes[chosen][:, None], size)
+        if not len(crops):
+            return images.new_empty((0, self.convclass.out_channels), dtype=torch.float32)
+        return self.classify(self.pool(self._features_of_crops()(crops)))
+
+    def _features_of_crops(self) -> Callable[[Tensor], Tensor]:
+        if self.training:
+            return _recomputed(self.features) if self.recompute else self.features
+        return self.features if self.local_features is None else self.local_features
 
     def pool(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 1, 1): average, maximum, or their mean (gwp)."""
@@ -257,8 +334,3 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 def _in_float32(values: Tensor) -> AbstractContextManager[object]:
     """Autocast off. A graph that is being exported runs without it, and torch.export.load cannot read the context."""
     return nullcontext() if torch.compiler.is_exporting() else torch.autocast(values.device.type, enabled=False)
-
-
-def _memory_format(images: Tensor) -> torch.memory_format:
-    channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format

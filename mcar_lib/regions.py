@@ -205,31 +205,53 @@ def check_threshold(threshold: float) -> None:
 
 
 @torch.no_grad()
-def crop_regions(images: Tensor, boxes: Tensor) -> Tensor:
+def crop_regions(images: Tensor, boxes: Tensor, size: int | None = None) -> Tensor:
     """Crops every box and resizes it to the size of the input, bilinearly with aligned corners (step 5).
 
     images: (B, 3, H, W) float; boxes: (B, N, 4) int64 x1 y1 x2 y2, half-open. Returns (B*N, 3, H, W), the regions of
-    one image next to one another. No gradient flows to the images. Source: the release's crop and upsampling.
+    one image next to one another, in the images' memory format; size: squares of this side in place of H x W. No
+    gradient flows to the images. Source: the release's crop and upsampling; the release has no size.
     """
-    (batch, channels, height, width), num_regions = images.shape, boxes.shape[1]
+    (batch, channels, *image_size), num_regions = images.shape, boxes.shape[1]
+    height, width = (size, size) if size else image_size
     x1, y1, x2, y2 = boxes.to(torch.float32).unbind(-1)  # each (B, N)
-    x = _sample_points(x1, x2, width)  # (B, N, W)
-    y = _sample_points(y1, y2, height)  # (B, N, H)
-    grid = torch.stack(
+    x = _sample_points(x1, x2, image_size[1], width)  # (B, N, W)
+    y = _sample_points(y1, y2, image_size[0], height)  # (B, N, H)
+    # All x, then all y: sampling reads such a grid as fast as one of pairs, and it is written several times faster.
+    planes = torch.stack(
         (
             x[:, :, None, :].expand(-1, -1, height, -1),
             y[:, :, :, None].expand(-1, -1, -1, width),
         ),
-        dim=-1,
-    )  # (B, N, H, W, 2)
-    # The regions of an image are sampled as one tall picture, so the image itself is never copied N times.
-    tall = F.grid_sample(images.float(), grid.flatten(1, 2), align_corners=True)  # (B, 3, N*H, W)
-    crops = tall.view(batch, channels, num_regions, height, width).transpose(1, 2)
-    return crops.reshape(batch * num_regions, channels, height, width)
+        dim=1,
+    )  # (B, 2, N, H, W)
+    grid = planes.permute(0, 2, 3, 4, 1)  # (B, N, H, W, 2)
+    # Threads share the images of a batch, so a single one stands there N times, without a copy. A graph that is being
+    # exported is for any batch.
+    if not torch.compiler.is_exporting() and batch == 1:
+        crops = F.grid_sample(images.float().expand(num_regions, -1, -1, -1), grid[0], align_corners=True)[None]
+    else:
+        # The regions of an image are sampled as one tall picture, so the image itself is never copied N times.
+        tall = F.grid_sample(images.float(), grid.flatten(1, 2), align_corners=True)  # (B, 3, N*H, W)
+        crops = tall.view(batch, channels, num_regions, height, width).transpose(1, 2)
+    return _side_by_side(crops, _is_channels_last(images))
 
 
-def _sample_points(start: Tensor, end: Tensor, length: int) -> Tensor:
-    """Aligned-corner sample positions of [start, end) in grid_sample's coordinates, where 0 .. length-1 is -1 .. 1."""
-    steps = torch.linspace(0, 1, length, device=start.device)
+def _is_channels_last(images: Tensor) -> bool:
+    """Whether the channels of each pixel of (B, 3, H, W) lie next to one another."""
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+def _side_by_side(crops: Tensor, channels_last: bool) -> Tensor:
+    """(B, N, 3, H, W) -> (B*N, 3, H, W) in either memory format, by one copy at most."""
+    if not channels_last:
+        return crops.flatten(0, 1).contiguous()
+    return crops.permute(0, 1, 3, 4, 2).contiguous().flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _sample_points(start: Tensor, end: Tensor, length: int, count: int) -> Tensor:
+    """So many aligned-corner sample positions of [start, end) in grid_sample's coordinates, where 0 .. length-1 is
+    -1 .. 1."""
+    steps = torch.linspace(0, 1, count, device=start.device)
     pixels = start[..., None] + steps * (end - 1 - start)[..., None]
     return pixels * (2 / (length - 1)) - 1

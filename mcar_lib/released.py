@@ -1,5 +1,6 @@
 """Models to hand on: one small file with fp16 weights, what a prediction needs, and where they come from."""
 
+import copy
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ from mcar_lib.exported import (
 )
 from mcar_lib.files import project_root, reading, shipped, user_path, write_bytes
 from mcar_lib.inference import folded, keep_freed_memory
-from mcar_lib.model import MCAR, Output, Pooling, build_mcar
+from mcar_lib.model import EVERYTHING, MCAR, Look, Output, Pooling, build_mcar
 from mcar_lib.prediction import Prediction, Predictions, prediction_of
 from mcar_lib.regions import BoxSource, Regions, Selection, attention_maps
 from mcar_lib.weights import load_named
@@ -107,6 +108,14 @@ class ReleasedModel:
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {device!r} cannot be used here ({reason_of(error)}); cpu always can") from error
         return self
+
+    def look_so(self, look: Look) -> None:
+        """Predicts with another Look from here on (see mcar_lib.model.Look). Raises ConfigError of an exported graph,
+        which looks at all regions."""
+        if isinstance(self.model, MCAR):
+            self.model.look = look
+        elif look != EVERYTHING:
+            raise ConfigError("an exported graph looks at all its regions; load the run or its .safetensors file")
 
     def network_input(self, photos: Photo | Iterable[Photo]) -> Tensor:
         """Photos as predict takes them -> normalised (B, 3, S, S) on the model's device."""
@@ -205,17 +214,16 @@ def models_folder() -> Path:
 
 
 def load_released(
-    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None, quick: bool = True
+    name_or_path: str | Path, results: Path | None = None, artifacts: Path | None = None
 ) -> ReleasedModel:
     """A model by its name, which the package brings along; from a .safetensors, .onnx or .pt2 file that `mcar export`
     wrote; or by the id of a run that was trained on this machine.
 
-    results, artifacts: where a run's record and weights are, by default the project's own folders. quick: batch
-    normalisation folded into the convolutions; without, the weights are as they were trained. Raises WeightsError
+    results, artifacts: where a run's record and weights are, by default the project's own folders. Raises WeightsError
     if there is no such file, or run, or it is not one of these.
     """
     if RUN_ID.fullmatch(str(name_or_path)):
-        return _load_run(str(name_or_path), results, artifacts, quick)
+        return _load_run(str(name_or_path), results, artifacts)
     path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  # Path.expanduser fails on an unknown ~name
     if path.suffix in SUFFIXES:
         return _load_graph(path)
@@ -242,9 +250,7 @@ def load_released(
             about_file = "" if str(path) in str(error) else f"{path}: "
             raise WeightsError(f"{about_file}{error}") from error
     model.mean, model.std = header.mean, header.std
-    return ReleasedModel(
-        _made_quick(model) if quick else model.eval(), classes, config.image_size, about, header.decision_threshold
-    )
+    return ReleasedModel(_made_quick(model), classes, config.image_size, about, header.decision_threshold)
 
 
 def _load_graph(path: Path) -> ReleasedModel:
@@ -275,7 +281,9 @@ def export_graph(
     about, side = _about_graph(released), released.image_size
     squares, samples = _squares(photos, side), _squares(itertools.islice(calibration, CALIBRATED_WITH), side)
     squares = drawn_squares(side) if squares is None else squares
-    return write_graph(released.model, about, path, squares, precision, samples)
+    model = copy.deepcopy(released.model)
+    model.local_features = None  # the same weights again; whoever runs a graph folds them for both streams
+    return write_graph(model, about, path, squares, precision, samples)
 
 
 def _squares(photos: Iterable[Path], side: int) -> Tensor | None:
@@ -300,7 +308,7 @@ def _about_graph(released: ReleasedModel) -> dict[str, Any]:
     }
 
 
-def _load_run(run_id: str, results: Path | None, artifacts: Path | None, quick: bool) -> ReleasedModel:
+def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> ReleasedModel:
     from mcar_lib.runs.trainer import load_model
 
     record = record_of(run_id, results)
@@ -310,17 +318,19 @@ def _load_run(run_id: str, results: Path | None, artifacts: Path | None, quick: 
         raise WeightsError(
             f"{weights}: the weights of this run are not on this machine; train it again, or --artifacts"
         )
-    model = load_model(record.config, len(record.classes), weights).eval()
-    model = _made_quick(model) if quick else model
+    model = _made_quick(load_model(record.config, len(record.classes), weights))
     threshold = record.content.get("decision_threshold", 0.5)
     return ReleasedModel(model, tuple(record.classes), record.config.image_size, record.content, threshold)
 
 
 def _made_quick(model: MCAR) -> MCAR:
-    """In evaluation mode, batch normalisation folded into its convolutions, and where memory that was freed stays."""
+    """In evaluation mode, where memory that was freed stays, and with batch normalisation folded away for the crops.
+    The global stream keeps its own: the last bit of its maps would place some boxes elsewhere."""
     keep_freed_memory()
-    model.features = folded(model.features)
-    return model.eval().to(memory_format=torch.channels_last)
+    model.eval()
+    if model.local_stream:
+        model.local_features = folded(model.features)
+    return model.to(memory_format=torch.channels_last)
 
 
 def record_of(run_id: str, results: Path | None = None) -> "Record":

@@ -26,6 +26,7 @@ ROUNDING = 16  # difference, of 255, that a pixel of a line may have where numbe
 GREY_LEVELS = 1.0  # mean difference, of 255, that two drawings of one figure may have: fonts differ between machines
 P_VALUES = ("p", "p (Holm)")  # shown with three digits
 INDEXED = {".md": "table", ".csv": "CSV", ".png": "figure"}  # files that the page of a profile names, by their kind
+UNTOLD = ("-", "-")  # of a table or figure, in that page
 PAGE_MARK = "Written by notebook 10"  # a line of the page that sums up a results folder
 
 
@@ -55,8 +56,9 @@ def save(
     found: Sequence[Record | Failure],
     tables: Mapping[str, pd.DataFrame],
     figures: Mapping[str, "Figure"] | None = None,
-) -> None:
-    """Writes tables (name -> frame, as CSV and Markdown) and figures (name -> figure, as PNG) of some runs.
+) -> Path:
+    """Writes tables (name -> frame, as CSV and Markdown) and figures (name -> figure, as PNG) of some runs; returns the
+    folder below which they lie.
 
     They go beside the records: into results/<profile>, or into results/local/<profile> where one of the runs is from
     there or could not be had, so that no committed table loses a row. What somebody else put there under one of these
@@ -69,6 +71,7 @@ def save(
         written.put_text(f"tables/{name}.md", f"{title}\n\n{markdown(table)}")
     for name, figure in (figures or {}).items():
         written.put_figure(f"figures/{name}.png", figure)
+    return written.folder
 
 
 class Generated:
@@ -153,10 +156,12 @@ def write_index(folder: Path, title: str, about: Mapping[str, tuple[str, str]]) 
     """Writes README.md into a profile's folder of results: a line with links for every table and figure there that a
     notebook wrote.
 
-    about: name of a table or figure -> what it is, and who writes it, in the order of the page; what is not in it comes
-    last, with dashes. Files of somebody's own are left out.
+    about: name of a table or figure -> what it is, and who writes it. What is not in it keeps the line that the page
+    has; new lines come after those, and last, with dashes, what nobody has told of. Files of somebody's own are left
+    out.
     """
     written = Generated(folder)
+    about = {**_told_in_index(folder / "README.md"), **about}
     paths = [Path(name) for name in sorted(written.hashes()) if (folder / name).is_file()]
     paths = [path for path in paths if path.parts[0] in ("tables", "figures") and path.suffix in INDEXED]
     rows = []
@@ -164,10 +169,18 @@ def write_index(folder: Path, title: str, about: Mapping[str, tuple[str, str]]) 
         of_name = [path for path in paths if path.stem == name]
         links = [f"[{INDEXED[path.suffix]}]({path.as_posix()})" for path in of_name]
         if links:
-            what, who = about.get(name, ("-", "-"))
+            what, who = about.get(name, UNTOLD)
             rows.append({"name": name, "what it is": what, "files": ", ".join(links), "written by": who})
     mark = f"{PAGE_MARK} from what lies in this folder; do not edit by hand."
     written.put_text("README.md", f"# {title}\n\n{mark}\n\n{markdown(pd.DataFrame(rows))}")
+
+
+def _told_in_index(page: Path) -> dict[str, tuple[str, str]]:
+    """What write_index was told for this page before."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]  # below the head
+    told = {row[0]: (row[1], row[3]) for row in rows if len(row) == 4}
+    return {name: each for name, each in told.items() if each != UNTOLD and not name.startswith("---")}
 
 
 def write_page(path: Path, text: str) -> None:

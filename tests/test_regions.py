@@ -555,6 +555,36 @@ def test_a_box_of_one_pixel_is_that_colour_everywhere() -> None:
     torch.testing.assert_close(crops, images[:, :, 9:10, 5:6].expand_as(crops), rtol=0, atol=1e-4)
 
 
+def crops_by_pairs(images: Tensor, boxes: Tensor) -> Tensor:
+    """crop_regions as the committed runs were trained with it: a grid of pairs, a tall picture, two copies."""
+    (batch, channels, height, width), num_regions = images.shape, boxes.shape[1]
+    x1, y1, x2, y2 = boxes.to(torch.float32).unbind(-1)
+
+    def points(start: Tensor, end: Tensor, length: int) -> Tensor:
+        pixels = start[..., None] + torch.linspace(0, 1, length) * (end - 1 - start)[..., None]
+        return pixels * (2 / (length - 1)) - 1
+
+    x, y = points(x1, x2, width)[:, :, None, :], points(y1, y2, height)[:, :, :, None]
+    grid = torch.stack((x.expand(-1, -1, height, -1), y.expand(-1, -1, -1, width)), dim=-1)
+    tall = F.grid_sample(images, grid.flatten(1, 2), align_corners=True)
+    crops = tall.view(batch, channels, num_regions, height, width).transpose(1, 2)
+    return crops.reshape(batch * num_regions, channels, height, width)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("num_regions", [1, 4])
+def test_crops_are_those_of_the_committed_runs_bit_by_bit(
+    batch: int, num_regions: int, memory_format: torch.memory_format
+) -> None:
+    images = torch.randn(batch, 3, 96, 64, generator=torch.Generator().manual_seed(batch))
+    images = images.contiguous(memory_format=memory_format)
+    boxes = random_boxes(batch, num_regions, 96, 64, seed=num_regions)
+    crops = crop_regions(images, boxes)
+    assert torch.equal(crops, crops_by_pairs(images, boxes))
+    assert crops.is_contiguous(memory_format=memory_format)
+
+
 def test_crops_carry_no_gradient() -> None:
     images = torch.rand(1, 3, 32, 32, requires_grad=True)
     assert not crop_regions(images, random_boxes(1, 2, 32, 32)).requires_grad

@@ -113,6 +113,20 @@ def test_the_index_of_a_folder_names_what_notebooks_wrote_there_in_its_order(run
     ]
 
 
+def test_an_index_keeps_the_lines_that_others_told(runs: Runs, record: Record) -> None:
+    save(runs, [record], {"a": TABLE, "b": TABLE})
+    write_index(runs.folder, "Title", {"a": ("what a is", "notebook 7")})
+    folder = save(runs, [record], {"c": TABLE})
+    write_index(folder, "Title", {"c": ("what c is", "notebook 8")})
+    write_index(folder, "Title", {"a": ("what a is now", "notebook 7")})
+    lines = (runs.folder / "README.md").read_text().splitlines()[6:]
+    assert [[line.split(" | ")[at].strip(" |") for at in (0, 1, 3)] for line in lines] == [
+        ["a", "what a is now", "notebook 7"],
+        ["c", "what c is", "notebook 8"],
+        ["b", "-", "-"],
+    ]
+
+
 def test_an_index_that_somebody_wrote_is_moved_aside(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     write_index(tmp_path, "Title", {})

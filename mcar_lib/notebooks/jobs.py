@@ -32,7 +32,7 @@ WRITTEN = (  # by the notebooks
     "results/*/tables/*",
     "results/*/figures/*",
 )
-KINDS = ("evaluations", "regions", "comparisons")  # of records that follow from runs
+KINDS = ("evaluations", "regions", "cheaper", "comparisons")  # of records that follow from runs
 SIDES = ("committed", "here")
 SAME, OTHER = "the same finding", "another finding"
 ONLY_COMMITTED, ONLY_HERE = "only committed", "only here"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mcar_lib.files import content_id
-from mcar_lib.intervals import holm, map_difference, map_interval
+from mcar_lib.intervals import MapDifference, MapInterval, holm, map_difference, map_interval
 from mcar_lib.metrics import average_precision
 from mcar_lib.progress import say
 from mcar_lib.runs.config import RunConfig
@@ -105,15 +105,18 @@ def compare(
             f"{name}_labels": [each.config.label for each in side] for name, side in zip("ab", sides, strict=True)
         }
         of_runs = sorted({each.record.run_id for side in sides for each in side})
-        numbers = {name: _or_nan(value) for name, value in asdict(found).items()}
-        return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **numbers}
+        return {"format": RECORD_FORMAT, **key, "runs": of_runs, **labels, "confidence": 0.95, **numbers_of(found)}
 
     return runs.keep("comparisons", content_id(key), comparison_fingerprint(), computed)
 
 
-def _or_nan(value: Any) -> Any:
-    """As a record that was read again has it: JSON knows no infinity."""
-    return math.nan if value == math.inf else list(value) if isinstance(value, tuple) else value
+def numbers_of(found: MapDifference | MapInterval) -> dict[str, Any]:
+    """The fields of an interval, as a record that was read again has them: JSON knows no infinity."""
+
+    def plain(value: Any) -> Any:
+        return math.nan if value == math.inf else list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in asdict(found).items()}
 
 
 def comparison_fingerprint() -> str:

@@ -14,7 +14,7 @@ from mcar_lib import backbones
 from mcar_lib.data import DATA_SETS, ScoredOn
 from mcar_lib.errors import ConfigError, NotInProfileError
 from mcar_lib.files import reading, user_path
-from mcar_lib.model import Pooling, check_image_size
+from mcar_lib.model import Look, Pooling, check_image_size
 from mcar_lib.regions import BoxSource, Selection, check_threshold
 from mcar_lib.training import Recipe
 from mcar_lib.training.recipe import Positive
@@ -169,10 +169,34 @@ class EqualCost(BaseModel):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
 
 
+class Cheaper(BaseModel):
+    """Values of a cheaper look at the regions (mcar_lib.model.Look), each tried by itself: floors, shares, and local
+    sizes in pixels. Where the profile has no tuning, whose run would choose, the first of each is taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    floors: Annotated[tuple[float, ...], Field(min_length=1)]
+    shares: Annotated[tuple[float, ...], Field(min_length=1)]
+    local_sizes: Annotated[tuple[int, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _are_looks(self) -> "Cheaper":
+        try:
+            for floor in self.floors:
+                Look(floor=floor)
+            for share in self.shares:
+                Look(share=share)
+            for size in self.local_sizes:
+                Look(local_size=size)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
 class Profile(BaseModel):
     """What one profile file says: the run that its notebooks vary, the seeds, the bootstrap's resamples.
 
-    tuning, equal_cost: None where the profile's rates are fixed, and where these runs are not made.
+    tuning, equal_cost, cheaper: None where the profile's rates are fixed, and where these runs or tests are not made.
     rows: runs with names of their own, as what each changes in [run]: the rows of a published table.
     threads: of one run on a CPU, 0 for all. Sums depend on it in their last bits, so it is part of the profile, not of
     the machine; cores that one run leaves free train others of the same grid.
@@ -188,6 +212,7 @@ class Profile(BaseModel):
     run: RunConfig
     tuning: Tuning | None = None
     equal_cost: EqualCost | None = None
+    cheaper: Cheaper | None = None
     ablations: dict[AxisName, Axis] = Field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -246,6 +271,12 @@ class Profile(BaseModel):
             f"global, random crops, {longer} epochs": alone.vary(crop_area=crop, epochs=longer),
             "MCAR, boxes of another photo": both.vary(box_source="other photo"),
         }
+
+    def cheaper_values(self) -> Cheaper:
+        """The values of a cheaper look; raises NotInProfileError where the profile has none."""
+        if self.cheaper is None:
+            raise NotInProfileError(f"profile {self.name} has no [cheaper]")
+        return self.cheaper
 
     def row(self, name: str) -> RunConfig:
         """The run of a row; raises ConfigError for a name that is none."""

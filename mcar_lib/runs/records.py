@@ -9,6 +9,7 @@ evaluation  the run and the values that differ (its name, see evaluation_id); co
 comparison  runs, values, streams, epoch, resamples (its name, and a, b, epoch, num_resamples); code that reads scores
             and resamples (made_by); scores (their mAP is held against that of the run's record when it is made)
 regions     the run, N and tau where they are not its own (its name); code (made_by); annotated boxes (boxes)
+cheaper     the run and the ways of looking at its regions (its name); code (made_by)
 
 A file that is no whole record is named and passed over: one that is broken stops no other run.
 """
@@ -194,7 +195,7 @@ def runs_of(content: Mapping[str, Any]) -> Sequence[str]:
 
 
 def read_kept(path: Path, kind: str) -> Mapping[str, Any] | None:
-    """The content of a record of a kind (runs, evaluations, comparisons, regions), numbers that were none as NaN.
+    """The content of a record of a kind (one of SHAPES), numbers that were none as NaN.
 
     None, and a line that says why, once a session, where it is no such record.
     """
@@ -283,6 +284,11 @@ SHAPES: Mapping[str, type[BaseModel]] = {
     "comparisons": _shape(
         **{"a": list[str], "b": list[str], "runs": list[str], "low": _NUMBER, "high": _NUMBER},
         **{"seed_error": _NUMBER, "image_error": _NUMBER, "degrees_of_freedom": _NUMBER},
+    ),
+    "cheaper": _shape(
+        **_NAMES,
+        **{"data": str, "images": int},
+        ways=_shapes(way=str, value=_NUMBER, mAP=_NUMBER, regions=_NUMBER, macs_per_image=int),
     ),
     "regions": _shape(
         **_NAMES,
