@@ -1,78 +1,116 @@
 """Exported graphs beside PyTorch: file, mAP, boxes, and time a photo.
 
-   MCAR_DATA=DIR python benchmarks/export.py [--write FILE.md] [--data-root DIR] [--photos 400] [--rounds 7]
-
-DIR holds VOCdevkit/VOC2007, whole or a part of it; int8 chooses its ranges on photos of its val list, which no score
-here is of. The released model voc-photos on the first test photos; then three backbones at 224 px, for speed alone.
-Times are medians over rounds in which all take their turns, on the CPU with the threads told. About three minutes.
+The released model voc-photos on VOC 2007 test photos, where there are some below the data root; int8 chooses its ranges
+on photos of the val list, which no score here is of. Then three backbones at 224 px, for speed alone.
 """
 
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import onnxruntime
 import torch
-from timing import machine, print_report, report_parser
+from reports import Cell, Finding, Report, Table
+from timing import Seconds, Skipped, in_turns, photos, ratio
 from torch import Tensor
 
-from mcar_lib.data import load_voc
+import mcar_lib
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.transforms import network_input, resize_square
-from mcar_lib.errors import DataError
 from mcar_lib.exported import CALIBRATED_WITH, Precision, drawn_squares
 from mcar_lib.inference import folded, keep_freed_memory
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import Output, build_mcar
 from mcar_lib.released import ReleasedModel, export_graph, load_released
 
-BATCHES = (1, 8)
+MODEL, PHOTOS, ROUNDS = "voc-photos", 400, 7
+BATCHES, SIDE = (1, 8), 224
 BACKBONES = {"mobilenet_v2": "bundled", "efficientnet_lite0": "bundled", "resnet50": "none"}
+EAGER = "PyTorch, as loaded"
+ONNX = "ONNX fp32"
 KINDS: Mapping[str, tuple[str, Precision]] = {
     ".pt2": (".pt2", "fp32"),
-    "ONNX fp32": (".onnx", "fp32"),
+    ONNX: (".onnx", "fp32"),
     "ONNX fp16 weights": (".onnx", "fp16"),
     "ONNX int8 crops": (".onnx", "int8"),
 }
+TIMES = tuple(name for batch in BATCHES for name in (f"batch {batch}, ms a photo", "ratio"))
 
 
 class Variant(NamedTuple):
-    """One way to run a model: its name, its file's size in MB, and what computes."""
+    """One way to run a model: its file's size in MB, and what computes."""
 
-    name: str
     megabytes: float | None
     model: Callable[[Tensor], Output]
 
 
-def variants(
-    released: ReleasedModel, as_trained: ReleasedModel, kinds: list[str], folder: Path, calibration: list[Path]
-) -> list[Variant]:
+def measure(quick: bool) -> Report:
+    tables, notes, findings = [], [f"onnxruntime {onnxruntime.__version__}."], []
+    try:
+        tables.append(on_photos(16 if quick else PHOTOS, 1 if quick else ROUNDS))
+    except Skipped as reason:
+        notes.append(f"Left out: {MODEL} on photos; {reason}.")
+    rows: list[tuple[Cell, ...]] = []
+    for backbone, weights in BACKBONES.items():
+        seconds, each = of_backbone(backbone, weights, 1 if quick else ROUNDS)
+        rows += [(backbone, name, *cells) for name, cells in zip(each, timed(seconds, list(each)), strict=True)]
+        first = BATCHES[0]
+        finding = Finding(
+            what=f"{ONNX}, {backbone}, {SIDE} px, batch {first}",
+            ours=1000 * statistics.median(seconds[first][ONNX]) / first,
+            unit="ms a photo",
+            against=EAGER,
+            theirs=1000 * statistics.median(seconds[first][EAGER]) / first,
+            ratio=ratio(seconds[first], ONNX, EAGER),
+            in_readme=backbone == "mobilenet_v2",
+        )
+        findings.append(finding)
+    heading = f"Three backbones, 20 classes, N = 4, {SIDE} px"
+    tables.append(Table(heading=heading, columns=("backbone", "run by", *TIMES), rows=tuple(rows)))
+    return Report(
+        title="Exported graphs",
+        about="`mcar export RUN model.onnx` and `model.pt2`: the whole of MCAR as one graph, region finding included, "
+        f"beside `mcar_lib.load`. Ratios are to {EAGER}; all take turns, medians over rounds. A graph's fp16 is of its "
+        "weights (it computes in float32), its int8 of the pass over the crops (the global stream stays in float32, "
+        "for its maps place the boxes).",
+        findings=tuple(findings),
+        tables=tuple(tables),
+        notes=tuple(notes),
+    )
+
+
+def variants(released: ReleasedModel, kinds: list[str], folder: Path, calibration: list[Path]) -> dict[str, Variant]:
     """PyTorch as mcar_lib.load has it, and each kind of graph, written as mcar export does, and read back."""
-    found = [Variant("PyTorch", None, released.model)]
+    found = {EAGER: Variant(None, released.model)}
     for index, name in enumerate(kinds):
         suffix, precision = KINDS[name]
         path = folder / f"{index}{suffix}"
-        source = as_trained if precision == "fp16" else released
-        export_graph(source, path, precision=precision, calibration=calibration)
-        found.append(Variant(name, path.stat().st_size / 1e6, load_released(path).model))
+        export_graph(released, path, precision=precision, calibration=calibration)
+        found[name] = Variant(path.stat().st_size / 1e6, load_released(path).model)
     return found
 
 
-@torch.no_grad()
-def milliseconds(each: list[Variant], images: Tensor, rounds: int) -> list[float]:
-    """Median milliseconds a photo of each; they take turns, so that what else the machine does falls on all."""
-    times = [list[float]() for _ in each]
-    for turn in range(rounds + 1):
-        for variant, seconds in zip(each, times, strict=True):
-            start = time.perf_counter()
-            variant.model(images)
-            if turn:  # the first pays for memory and caches
-                seconds.append(time.perf_counter() - start)
-    return [1000 * statistics.median(seconds) / len(images) for seconds in times]
+def in_batches(each: Mapping[str, Variant], images: Tensor, rounds: int) -> dict[int, Seconds]:
+    """Batch -> seconds of each variant."""
+
+    def arm(variant: Variant, batch: int) -> Callable[[], object]:
+        return torch.inference_mode()(lambda: variant.model(images[:batch]))
+
+    return {batch: in_turns({name: arm(variant, batch) for name, variant in each.items()}, rounds) for batch in BATCHES}
+
+
+def timed(seconds: Mapping[int, Seconds], names: list[str]) -> list[tuple[Cell, ...]]:
+    """The cells TIMES of each variant."""
+    return [
+        tuple(
+            cell
+            for batch, times in seconds.items()
+            for cell in (1000 * statistics.median(times[name]) / batch, ratio(times, name, EAGER))
+        )
+        for name in names
+    ]
 
 
 @torch.no_grad()
@@ -82,82 +120,47 @@ def outputs(variant: Variant, released: ReleasedModel, squares: Tensor) -> tuple
     return torch.cat([one.scores for one in each]), torch.cat([one.regions.boxes for one in each if one.regions])
 
 
-def timed_cells(each: list[Variant], images: Tensor, rounds: int) -> list[str]:
-    """Of each variant the cells ms a photo and ratio to the first, by batch."""
-    rows = [""] * len(each)
-    for batch in BATCHES:
-        found = milliseconds(each, images[:batch], rounds)
-        rows = [f"{row} {ms:.1f} | {ms / found[0]:.2f} |" for row, ms in zip(rows, found, strict=True)]
-    return rows
-
-
-def on_photos(root: str, photos: int, rounds: int) -> list[str]:
-    """The table of the released model."""
-    released, as_trained = load_released("voc-photos"), load_released("voc-photos", quick=False)
-    test, val = load_voc(root, "2007", "test"), load_voc(root, "2007", "val")
-    squares = squares_of(test, min(photos, len(test)), released.image_size)
-    targets = test.targets[: len(squares)]
-    lines = [
-        f"voc-photos on {len(squares)} VOC 2007 test photos:",
-        "",
-        "| | file MB | mAP % | boxes equal | score difference, mean | "
-        + " | ".join(f"ms a photo, batch {batch} | ratio" for batch in BATCHES)
-        + " |",
-        "| --- |" + " ---: |" * (4 + 2 * len(BATCHES)),
-    ]
+def on_photos(count: int, rounds: int) -> Table:
+    """The released model in all its forms; raises Skipped where there are no photos."""
+    released = mcar_lib.load(MODEL)
+    test, val = photos(count, "test"), photos(CALIBRATED_WITH, "val")
+    squares = squares_of(test, released.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        each = variants(released, as_trained, list(KINDS), Path(folder), list(val.paths[:CALIBRATED_WITH]))
-        times = timed_cells(each, network_input(released.model, squares[: max(BATCHES)]), rounds)
-        found = [outputs(variant, released, squares) for variant in each]
-    for variant, (scores, boxes), cells in zip(each, found, times, strict=True):
-        mean_ap = 100 * average_precision(scores, targets).nanmean().item()
-        equal, size = (boxes == found[0][1]).all(dim=-1), variant.megabytes
-        lines.append(
-            f"| {variant.name} | {f'{size:.1f}' if size else '-'} | {mean_ap:.2f} | {int(equal.sum())} of "
-            f"{equal.numel()} | {(scores - found[0][0]).abs().mean():.1e} |{cells}"
+        each = variants(released, list(KINDS), Path(folder), list(val.paths))
+        seconds = in_batches(each, network_input(released.model, squares[: max(BATCHES)]), rounds)
+        found = {name: outputs(variant, released, squares) for name, variant in each.items()}
+    rows: list[tuple[Cell, ...]] = []
+    for name, cells in zip(each, timed(seconds, list(each)), strict=True):
+        (scores, boxes), (wanted, wanted_boxes) = found[name], found[EAGER]
+        equal = (boxes == wanted_boxes).all(dim=-1)
+        rows.append(
+            (
+                name,
+                each[name].megabytes,
+                f"{100 * average_precision(scores, test.targets).nanmean().item():.2f}",
+                f"{int(equal.sum()):,} of {equal.numel():,}",
+                f"{(scores - wanted).abs().mean().item():.1e}",
+                *cells,
+            )
         )
-    return lines
+    columns = ("run by", "file, MB", "mAP %", "boxes equal", "difference of a score, mean", *TIMES)
+    return Table(heading=f"{MODEL}, {test.title}, {len(test)} photos", columns=columns, rows=tuple(rows))
 
 
-def squares_of(images: ImageSet, count: int, side: int) -> Tensor:
-    return torch.stack([resize_square(images.image(index), side) for index in range(count)])
+def squares_of(images: ImageSet, side: int) -> Tensor:
+    return torch.stack([resize_square(images.image(index), side) for index in range(len(images))])
 
 
-def by_backbone(rounds: int, side: int = 224) -> list[str]:
-    """The table of times over three backbones."""
-    lines = [
-        f"Three backbones, 20 classes, N = 4, {side} px:",
-        "",
-        "| backbone | | " + " | ".join(f"ms a photo, batch {batch} | ratio" for batch in BATCHES) + " |",
-        "| --- | --- |" + " ---: |" * (2 * len(BATCHES)),
-    ]
+def of_backbone(backbone: str, weights: str, rounds: int) -> tuple[dict[int, Seconds], list[str]]:
+    """Seconds by batch, and the variants' names."""
     keep_freed_memory()
-    for backbone, weights in BACKBONES.items():
-        model = build_mcar(backbone, 20, weights=weights, seed=0).eval()
-        model.features = folded(model.features)
-        model.to(memory_format=torch.channels_last)
-        config = {"backbone": backbone, "pooling": model.pooling, "image_size": side, "local_stream": True}
-        about = {"config": {**config, "num_regions": 4, "threshold": 0.5, "selection": "top"}}
-        released = ReleasedModel(model, tuple(map(str, range(20))), side, about)
-        images = network_input(model, drawn_squares(side, max(BATCHES)))
-        with tempfile.TemporaryDirectory() as folder:
-            each = variants(released, released, [".pt2", "ONNX fp32"], Path(folder), [])
-            cells = timed_cells(each, images, rounds)
-        lines += [f"| {backbone} | {one.name} |{row}" for one, row in zip(each, cells, strict=True)]
-    return lines
-
-
-def main() -> None:
-    parser = report_parser(__doc__)
-    parser.add_argument("--data-root", default=os.environ.get("MCAR_DATA"), help="holds VOCdevkit/VOC2007 ($MCAR_DATA)")
-    parser.add_argument("--photos", type=int, default=400, help="test photos that are scored, at most")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each")
-    options = parser.parse_args()
-    if not options.data_root:
-        raise DataError("where are the photos? --data-root DIR, or MCAR_DATA, which holds VOCdevkit/VOC2007")
-    lines = [*on_photos(options.data_root, options.photos, options.rounds), "", *by_backbone(options.rounds)]
-    print_report("\n".join([*lines, "", f"onnxruntime {onnxruntime.__version__}. {machine()}"]), options.write)
-
-
-if __name__ == "__main__":
-    main()
+    model = build_mcar(backbone, 20, weights=weights, seed=0).eval()
+    model.local_features = folded(model.features)
+    model.to(memory_format=torch.channels_last)
+    config = {"backbone": backbone, "pooling": model.pooling, "image_size": SIDE, "local_stream": True}
+    about = {"config": {**config, "num_regions": 4, "threshold": 0.5, "selection": "top"}}
+    released = ReleasedModel(model, tuple(map(str, range(20))), SIDE, about)
+    images = network_input(model, drawn_squares(SIDE, max(BATCHES)))
+    with tempfile.TemporaryDirectory() as folder:
+        each = variants(released, [".pt2", ONNX], Path(folder), [])
+        return in_batches(each, images, rounds), list(each)

@@ -1,17 +1,18 @@
 """A photo through a model that was handed on: mcar_lib.load(...).predict, one at a time and several together."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from reports import Cell, Finding, Report, Table
-from timing import Skipped, in_turns, photos, ratio
+from timing import Seconds, Skipped, in_turns, photos, ratio
 from torch import Tensor
 
 import mcar_lib
 from mcar_lib.data.image_set import Photo
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.released import ReleasedModel
 
 MODEL, BATCHES, PHOTOS, ROUNDS = "voc-photos", (1, 8, 32), 32, 5
@@ -35,9 +36,12 @@ def measure(quick: bool) -> Report:
     network = model.network_input(found)
     arms = {f"predict {batch}": _predict(model, found, batch) for batch in BATCHES}
     arms |= {f"network {batch}": _forward(model, network, batch) for batch in BATCHES}
+    arms |= {f"unfolded {batch}": _as_trained(arms[f"network {batch}"], model) for batch in BATCHES}
+    arms |= {f"plain {batch}": _memory_not_kept(arms[f"unfolded {batch}"]) for batch in BATCHES}
     seconds = in_turns(arms, 1 if quick else ROUNDS)
     each = {name: 1000 * statistics.median(times) / len(found) for name, times in seconds.items()}
-    rows: list[tuple[Cell, ...]] = [(batch, each[f"predict {batch}"], each[f"network {batch}"]) for batch in BATCHES]
+    kinds = ("predict", "network", "unfolded", "plain")
+    rows: list[tuple[Cell, ...]] = [(batch, *(each[f"{kind} {batch}"] for kind in kinds)) for batch in BATCHES]
     first, last = BATCHES[0], BATCHES[-1]
     finding = Finding(
         what=f"predict, batch {first}",
@@ -47,12 +51,15 @@ def measure(quick: bool) -> Report:
         theirs=each[f"predict {last}"],
         ratio=ratio(seconds, f"predict {first}", f"predict {last}"),
     )
-    columns = ("batch", "predict, ms a photo", "of it the network, ms a photo")
+    columns = (
+        *("batch", "predict, ms a photo", "of it the network, ms a photo"),
+        *("the same, batch norm not folded", "nor freed memory kept"),
+    )
     return Report(
         title="Prediction",
         about=f"mcar_lib.load({MODEL!r}).predict at {model.image_size} px on {len(found)} {what}: everything from the "
         "photo to its scores, as anybody calls it, with no setting of memory or threads of this benchmark's own.",
-        findings=(finding,),
+        findings=(finding, *(_saved(seconds, each, batch) for batch in BATCHES)),
         tables=(Table(heading="By batch", columns=columns, rows=tuple(rows)),),
         notes=("The batches take turns; medians over rounds.",),
     )
@@ -64,3 +71,37 @@ def _predict(model: ReleasedModel, found: Sequence[Photo], batch: int) -> Callab
 
 def _forward(model: ReleasedModel, inputs: Tensor, batch: int) -> Callable[[], object]:
     return torch.inference_mode()(lambda: [model.model(part) for part in inputs.split(batch)])
+
+
+def _as_trained(job: Callable[[], object], model: ReleasedModel) -> Callable[[], object]:
+    """The same with the batch normalisation that the model was trained with."""
+
+    def asked() -> None:
+        quick, model.model.local_features = model.model.local_features, None
+        job()
+        model.model.local_features = quick
+
+    return asked
+
+
+def _memory_not_kept(job: Callable[[], object]) -> Callable[[], object]:
+    """The same with glibc's own way to hand freed memory back."""
+
+    def asked() -> None:
+        keep_freed_memory(False)
+        job()
+        keep_freed_memory()
+
+    return asked
+
+
+def _saved(seconds: Seconds, each: Mapping[str, float], batch: int) -> Finding:
+    return Finding(
+        what=f"the network, batch {batch}",
+        ours=each[f"network {batch}"],
+        unit="ms a photo",
+        against="not folded, memory not kept",
+        theirs=each[f"plain {batch}"],
+        ratio=ratio(seconds, f"network {batch}", f"plain {batch}"),
+        in_readme=batch == 1,
+    )

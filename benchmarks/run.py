@@ -38,6 +38,7 @@ TOPICS = (
     "scaling",
     "reading",
     "prediction",
+    "export",
     "metrics",
     "bootstrap",
     "startup",

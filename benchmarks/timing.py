@@ -64,16 +64,16 @@ def each_in_a_process(job: Callable[..., T], arguments: Iterable[Sequence[Any]])
         return [pool.submit(job, *each).result() for each in arguments]
 
 
-def photos(count: int) -> "ImageSet":
-    """Real photos, the first of VOC2007's train list below the data root; raises Skipped where there are none."""
-    from mcar_lib.data import load_image_set
+def photos(count: int, split: str = "train") -> "ImageSet":
+    """Real photos, the first of a list of VOC2007 below the data root; raises Skipped where there are none."""
+    from mcar_lib.data import load_voc
     from mcar_lib.errors import MCARError
 
     root = os.environ.get(DATA_ROOT)
     if not root:
         raise Skipped(f"it needs photos: name a folder that holds VOCdevkit/VOC2007 (DATA_ROOT=DIR, or {DATA_ROOT})")
     try:
-        found = load_image_set("voc2007", "train", Path(root))
+        found = load_voc(Path(root), "2007", split)
     except MCARError as error:
         raise Skipped(f"no photos: {error}") from error
     return found.select(range(min(count, len(found))))
