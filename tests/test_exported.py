@@ -599,7 +599,7 @@ def test_each_backbone_s_graph_agrees_on_photos(backbone: str, weights: str, sid
     photos = load_voc(real_voc2007(), "2007", "test").paths[:24]
     found = export_graph(released, tmp_path / "model.onnx", photos)
     assert found.images == 24
-    assert found.equal >= 253 / 256 * found.boxes
+    assert found.boxes - found.equal <= 3
     assert found.where_equal <= 1e-4
     graph = load_released(tmp_path / "model.onnx").model
     for batch in (1, 3, 8):
