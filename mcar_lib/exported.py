@@ -44,7 +44,7 @@ INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a graph may be from PyTorch: the least share of equal boxes (two of a few may differ), and the largest
+    """How far a graph may be from PyTorch: the least share of equal boxes (three of a few may differ), and the largest
     difference of a score in images whose boxes are all equal. The last bit of a class map may place a box elsewhere."""
 
     boxes: float
@@ -70,7 +70,7 @@ class Agreement:
     anywhere: float
 
     def within(self, tolerance: Tolerance) -> bool:
-        allowed = max(2, (1 - tolerance.boxes) * self.boxes)
+        allowed = max(3, (1 - tolerance.boxes) * self.boxes)
         return self.boxes - self.equal <= allowed and self.where_equal <= tolerance.scores
 
     def __str__(self) -> str:

@@ -32,8 +32,6 @@ from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.regions import (
     attention_maps,
     attentional_regions,
-    class_marginals,
-    locate_intervals,
     select_classes,
 )
 from mcar_lib.released import ReleasedModel, export_graph, export_run, load_released
@@ -551,13 +549,9 @@ def test_the_released_model_s_graph_agrees_on_photos_but_for_the_last_bit(voc_gr
     assert boxes_from_its_own_maps(voc_graph, tmp_path, eager, squares) == 256
 
 
-def _last_bits_changed(values: Tensor, random: torch.Generator) -> Tensor:
-    return values * (1 + 3e-7 * torch.randn(values.shape, generator=random))
-
-
 def boxes_from_its_own_maps(path: Path, folder: Path, model: MCAR, squares: Tensor) -> int:
-    """How many boxes of a graph are those that the region module finds in the graph's own class maps, or in their
-    marginals with a change in the last digits that float32 has."""
+    """How many boxes of a graph are those that the region module finds in the graph's own class maps, or lie on a
+    marginal that differs from a constant in its last digits only."""
     graph = onnx.load(path)
     nodes = list(graph.graph.node)
     crop = next(index for index, node in enumerate(nodes) if node.op_type == "GridSample")
@@ -565,19 +559,31 @@ def boxes_from_its_own_maps(path: Path, folder: Path, model: MCAR, squares: Tens
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in (pooled, maps))
     onnx.save(graph, folder / "maps.onnx")
     session, equal = onnxruntime.InferenceSession(folder / "maps.onnx"), 0
-    random = torch.Generator().manual_seed(0)
     for part in squares.split(8):
         values = network_input(model, part).contiguous().numpy()
         boxes, logits, class_logits = map(torch.from_numpy, session.run(["boxes", pooled, maps], {"images": values}))
         own = attentional_regions(class_logits, logits.flatten(1), (224, 224), model.num_regions, model.threshold)
         found = (own.boxes == boxes).all(dim=-1)
-        both = class_marginals(attention_maps(class_logits, own.classes, (224, 224)))
-        for _ in range(16):
-            x, y = (locate_intervals(_last_bits_changed(each, random).flatten(0, 1), model.threshold) for each in both)
-            changed = torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
-            found |= (changed.view_as(boxes) == boxes).all(dim=-1)
+        own_maps = attention_maps(class_logits, own.classes, (224, 224))
+        for marginal in (own_maps.amax(dim=-2), own_maps.amax(dim=-1)):
+            found |= marginal.amax(dim=-1) - marginal.amin(dim=-1) < 1e-5  # scaled to [0, 1], it is all last bits
         equal += int(found.sum())
     return equal
+
+
+@torch.no_grad()
+def _standardised(model: MCAR, squares: Tensor) -> MCAR:
+    """With statistics of these images in its batch normalisations, and class maps with a mean of 0 and a spread of 2:
+    those of drawn weights would saturate, or hardly differ from a constant."""
+    for each in model.modules():
+        if isinstance(each, torch.nn.BatchNorm2d):
+            each.momentum = 1.0
+    model.train().features(network_input(model, squares))
+    class_logits = model.eval().class_logits(model.features(network_input(model, squares)))
+    spread = class_logits.std(dim=(0, 2, 3)) / 2
+    model.convclass.weight /= spread[:, None, None, None]
+    model.convclass.bias.copy_((model.convclass.bias - class_logits.mean(dim=(0, 2, 3))) / spread)
+    return model
 
 
 @pytest.mark.slow
@@ -587,12 +593,13 @@ def boxes_from_its_own_maps(path: Path, folder: Path, model: MCAR, squares: Tens
     [("mobilenet_v2", "bundled", 128), ("efficientnet_lite0", "bundled", 128), ("resnet50", "none", 128)],
 )
 def test_each_backbone_s_graph_agrees_on_photos(backbone: str, weights: str, side: int, tmp_path: Path) -> None:
-    model = _trained_like(build_mcar(backbone, len(CLASSES), weights=weights, seed=0)).eval()
-    released, squares = released_of(model, side, backbone), voc_test_squares(24, side)
+    squares = voc_test_squares(24, side)
+    model = _standardised(build_mcar(backbone, len(CLASSES), weights=weights, seed=0), squares)
+    released = released_of(model, side, backbone)
     photos = load_voc(real_voc2007(), "2007", "test").paths[:24]
     found = export_graph(released, tmp_path / "model.onnx", photos)
     assert found.images == 24
-    assert found.equal >= 253 / 256 * found.boxes
+    assert found.boxes - found.equal <= 3
     assert found.where_equal <= 1e-4
     graph = load_released(tmp_path / "model.onnx").model
     for batch in (1, 3, 8):
