@@ -239,7 +239,8 @@ def way_differences(runs: Runs, configs: Sequence[RunConfig], ways: Sequence[Way
     for way, each, p in zip(ways, found, adjusted, strict=True):
         points = {key: 100 * each[key] for key in ("difference", "low", "high")}
         count = each["seeds"][0]
-        told: dict[str, Any] = {"p": None, "p (Holm)": None, "seeds": f"{count} pairs", "finding": ONE_SEED}
+        seeds = f"{count} pair{'s' * (count > 1)}"
+        told: dict[str, Any] = {"p": None, "p (Holm)": None, "seeds": seeds, "finding": ONE_SEED}
         if count > 1:
             direction = "higher" if each["difference"] > 0 else "lower"
             told |= {"p": each["p_value"], "p (Holm)": p, "finding": direction if p < SIGNIFICANT else NO_DIFFERENCE}
