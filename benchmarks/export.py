@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from reports import Cell, Finding, Report, Table
 from timing import Seconds, Skipped, in_turns, photos, ratio
-from torch import Tensor
+from torch import Tensor, nn
 
 import mcar_lib
 from mcar_lib.data.image_set import ImageSet
@@ -22,11 +22,11 @@ from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.exported import CALIBRATED_WITH, Precision, drawn_squares
 from mcar_lib.inference import folded, keep_freed_memory
 from mcar_lib.metrics import average_precision
-from mcar_lib.model import Output, build_mcar
+from mcar_lib.model import MCAR, Output, build_mcar
 from mcar_lib.released import ReleasedModel, export_graph, load_released
 
-MODEL, PHOTOS, ROUNDS = "voc-photos", 400, 7
-BATCHES, SIDE = (1, 8), 224
+MODEL, PHOTOS, ROUNDS = "voc-photos", 400, {1: 7, 8: 3}  # rounds by batch
+BATCHES, SIDE = tuple(ROUNDS), 224
 BACKBONES = {"mobilenet_v2": "bundled", "efficientnet_lite0": "bundled", "resnet50": "none"}
 EAGER = "PyTorch, as loaded"
 ONNX = "ONNX fp32"
@@ -49,12 +49,12 @@ class Variant(NamedTuple):
 def measure(quick: bool) -> Report:
     tables, notes, findings = [], [f"onnxruntime {onnxruntime.__version__}."], []
     try:
-        tables.append(on_photos(16 if quick else PHOTOS, 1 if quick else ROUNDS))
+        tables.append(on_photos(16 if quick else PHOTOS, quick))
     except Skipped as reason:
         notes.append(f"Left out: {MODEL} on photos; {reason}.")
     rows: list[tuple[Cell, ...]] = []
     for backbone, weights in BACKBONES.items():
-        seconds, each = of_backbone(backbone, weights, 1 if quick else ROUNDS)
+        seconds, each = of_backbone(backbone, weights, quick)
         rows += [(backbone, name, *cells) for name, cells in zip(each, timed(seconds, list(each)), strict=True)]
         first = BATCHES[0]
         finding = Finding(
@@ -92,13 +92,16 @@ def variants(released: ReleasedModel, kinds: list[str], folder: Path, calibratio
     return found
 
 
-def in_batches(each: Mapping[str, Variant], images: Tensor, rounds: int) -> dict[int, Seconds]:
+def in_batches(each: Mapping[str, Variant], images: Tensor, quick: bool) -> dict[int, Seconds]:
     """Batch -> seconds of each variant."""
 
     def arm(variant: Variant, batch: int) -> Callable[[], object]:
         return torch.inference_mode()(lambda: variant.model(images[:batch]))
 
-    return {batch: in_turns({name: arm(variant, batch) for name, variant in each.items()}, rounds) for batch in BATCHES}
+    return {
+        batch: in_turns({name: arm(variant, batch) for name, variant in each.items()}, 1 if quick else rounds)
+        for batch, rounds in ROUNDS.items()
+    }
 
 
 def timed(seconds: Mapping[int, Seconds], names: list[str]) -> list[tuple[Cell, ...]]:
@@ -120,14 +123,14 @@ def outputs(variant: Variant, released: ReleasedModel, squares: Tensor) -> tuple
     return torch.cat([one.scores for one in each]), torch.cat([one.regions.boxes for one in each if one.regions])
 
 
-def on_photos(count: int, rounds: int) -> Table:
+def on_photos(count: int, quick: bool) -> Table:
     """The released model in all its forms; raises Skipped where there are no photos."""
     released = mcar_lib.load(MODEL)
     test, val = photos(count, "test"), photos(CALIBRATED_WITH, "val")
     squares = squares_of(test, released.image_size)
     with tempfile.TemporaryDirectory() as folder:
         each = variants(released, list(KINDS), Path(folder), list(val.paths))
-        seconds = in_batches(each, network_input(released.model, squares[: max(BATCHES)]), rounds)
+        seconds = in_batches(each, network_input(released.model, squares[: max(BATCHES)]), quick)
         found = {name: outputs(variant, released, squares) for name, variant in each.items()}
     rows: list[tuple[Cell, ...]] = []
     for name, cells in zip(each, timed(seconds, list(each)), strict=True):
@@ -151,16 +154,28 @@ def squares_of(images: ImageSet, side: int) -> Tensor:
     return torch.stack([resize_square(images.image(index), side) for index in range(len(images))])
 
 
-def of_backbone(backbone: str, weights: str, rounds: int) -> tuple[dict[int, Seconds], list[str]]:
+def of_backbone(backbone: str, weights: str, quick: bool) -> tuple[dict[int, Seconds], list[str]]:
     """Seconds by batch, and the variants' names."""
     keep_freed_memory()
-    model = build_mcar(backbone, 20, weights=weights, seed=0).eval()
-    model.local_features = folded(model.features)
+    model = build_mcar(backbone, 20, weights=weights, seed=0)
+    images = network_input(model, drawn_squares(SIDE, max(BATCHES)))
+    if weights == "none":
+        _take_statistics(model.train(), images)
+    model.eval().local_features = folded(model.features)
     model.to(memory_format=torch.channels_last)
     config = {"backbone": backbone, "pooling": model.pooling, "image_size": SIDE, "local_stream": True}
     about = {"config": {**config, "num_regions": 4, "threshold": 0.5, "selection": "top"}}
     released = ReleasedModel(model, tuple(map(str, range(20))), SIDE, about)
-    images = network_input(model, drawn_squares(SIDE, max(BATCHES)))
     with tempfile.TemporaryDirectory() as folder:
         each = variants(released, [".pt2", ONNX], Path(folder), [])
-        return in_batches(each, images, rounds), list(each)
+        return in_batches(each, images, quick), list(each)
+
+
+@torch.no_grad()
+def _take_statistics(model: MCAR, images: Tensor) -> None:
+    """Batch statistics of images for a network that was never trained: without, its values grow from block to block
+    until every rounding counts."""
+    for each in model.modules():
+        if isinstance(each, nn.BatchNorm2d):
+            each.momentum = 1.0
+    model.features(images)
