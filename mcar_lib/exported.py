@@ -474,6 +474,7 @@ def _opened_onnx(content: bytes, path: Path) -> Stored:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # its errors are raised, too
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are torch's meanwhile
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     given = session.get_outputs()
     names = [each.name for each in given]
