@@ -6,7 +6,7 @@ Writes NAME.json (all that was measured), NAME.md (the page) and some NAME.png i
 table from all that lies there. A benchmark that fails leaves its earlier files as they were, the others go on, and the
 exit code is 1. --quick tries that everything runs, in a minute or two, with numbers that mean nothing, and writes into
 results/local/benchmarks. DIR holds VOCdevkit/VOC2007 (by default $MCAR_DATA); without photos, what needs them is left
-out with a line. The whole takes about a quarter of an hour on two quiet cores.
+out with a line. The whole takes about 25 minutes on two quiet cores.
 
 A benchmark is a file beside this one with measure(quick) -> Report, and a line in TOPICS. If its report has alt, it has
 draw(report) -> Figure too. It may raise Skipped.
