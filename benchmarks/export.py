@@ -20,10 +20,9 @@ import mcar_lib
 from mcar_lib.data.image_set import ImageSet
 from mcar_lib.data.transforms import network_input, resize_square
 from mcar_lib.exported import CALIBRATED_WITH, Precision, drawn_squares
-from mcar_lib.inference import folded, keep_freed_memory
 from mcar_lib.metrics import average_precision
 from mcar_lib.model import MCAR, Output, build_mcar
-from mcar_lib.released import ReleasedModel, export_graph, load_released
+from mcar_lib.released import ReleasedModel, export_graph, load_released, made_quick
 
 MODEL, PHOTOS, ROUNDS = "voc-photos", 400, {1: 7, 8: 3}  # rounds by batch
 BATCHES, SIDE = tuple(ROUNDS), 224
@@ -156,13 +155,11 @@ def squares_of(images: ImageSet, side: int) -> Tensor:
 
 def of_backbone(backbone: str, weights: str, quick: bool) -> tuple[dict[int, Seconds], list[str]]:
     """Seconds by batch, and the variants' names."""
-    keep_freed_memory()
     model = build_mcar(backbone, 20, weights=weights, seed=0)
     images = network_input(model, drawn_squares(SIDE, max(BATCHES)))
     if weights == "none":
         _take_statistics(model.train(), images)
-    model.eval().local_features = folded(model.features)
-    model.to(memory_format=torch.channels_last)
+    model = made_quick(model)
     config = {"backbone": backbone, "pooling": model.pooling, "image_size": SIDE, "local_stream": True}
     about = {"config": {**config, "num_regions": 4, "threshold": 0.5, "selection": "top"}}
     released = ReleasedModel(model, tuple(map(str, range(20))), SIDE, about)

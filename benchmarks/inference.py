@@ -2,7 +2,7 @@
 
 import statistics
 
-from reports import Cell, Finding, Report, Table
+from reports import Cell, Report, Table
 from steps import (
     ALONE,
     OURS,
@@ -15,7 +15,7 @@ from steps import (
     random_images,
     released_inference,
 )
-from timing import in_turns, ratio
+from timing import beside, in_turns, ratio
 
 from mcar_lib.inference import keep_freed_memory
 
@@ -50,20 +50,21 @@ def measure(quick: bool) -> Report:
             seconds = in_turns(arms, 1 if quick else ROUNDS[batch])
             each = {name: 1000 * statistics.median(found) / batch for name, found in seconds.items()}
             ratios = {name: ratio(seconds, OURS, name) for name in (ALONE, IN_TWO, RELEASED)}
-            beside = (cell for name in ratios for cell in (each[name], ratios[name]))
-            rows.append((size, batch, each[OURS], *beside))
+            others = (cell for name in ratios for cell in (each[name], ratios[name]))
+            rows.append((size, batch, each[OURS], *others))
             has_goal = batch == 1 and size >= GOAL_FROM
             for name in (ALONE, RELEASED):
                 told = TOLD.get((batch, size)) == name
                 if told or (has_goal and name == ALONE):
                     findings.append(
-                        Finding(
+                        beside(
+                            seconds,
+                            each,
+                            OURS,
+                            name,
                             what=f"inference, {size} px, batch {batch}",
-                            ours=each[OURS],
                             unit="ms a photo",
                             against=f"{REGIONS + 1} times the backbone" if name == ALONE else RELEASED,
-                            theirs=each[name],
-                            ratio=ratios[name],
                             at_most=GOAL if has_goal and name == ALONE else None,
                             in_readme=told,
                         )

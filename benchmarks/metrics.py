@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from reports import Cell, Finding, Report, Table
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
-from timing import in_turns, ratio
+from timing import beside, in_turns, ratio
 
 from mcar_lib.metrics import multilabel_metrics
 
@@ -61,13 +61,13 @@ def measure(quick: bool) -> Report:
     size = f"{len(scores):,} x {scores.shape[1]}"
     findings = (
         Finding(what=f"all metrics of {size} scores", ours=each[OURS], unit="s", at_most=REQUIRED_SECONDS),
-        Finding(
+        beside(
+            seconds,
+            each,
+            OURS,
+            SKLEARN,
             what=f"all metrics of {size} scores",
-            ours=each[OURS],
             unit="s",
-            against=SKLEARN,
-            theirs=each[SKLEARN],
-            ratio=ratio(seconds, OURS, SKLEARN),
         ),
     )
     return Report(

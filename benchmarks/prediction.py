@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from reports import Cell, Finding, Report, Table
-from timing import Seconds, Skipped, in_turns, photos, ratio
+from timing import Seconds, Skipped, beside, in_turns, photos
 from torch import Tensor
 
 import mcar_lib
@@ -43,13 +43,14 @@ def measure(quick: bool) -> Report:
     kinds = ("predict", "network", "unfolded", "plain")
     rows: list[tuple[Cell, ...]] = [(batch, *(each[f"{kind} {batch}"] for kind in kinds)) for batch in BATCHES]
     first, last = BATCHES[0], BATCHES[-1]
-    finding = Finding(
+    finding = beside(
+        seconds,
+        each,
+        f"predict {first}",
+        f"predict {last}",
         what=f"predict, batch {first}",
-        ours=each[f"predict {first}"],
         unit="ms a photo",
         against=f"batch {last}",
-        theirs=each[f"predict {last}"],
-        ratio=ratio(seconds, f"predict {first}", f"predict {last}"),
     )
     columns = (
         *("batch", "predict, ms a photo", "of it the network, ms a photo"),
@@ -96,12 +97,13 @@ def _memory_not_kept(job: Callable[[], object]) -> Callable[[], object]:
 
 
 def _saved(seconds: Seconds, each: Mapping[str, float], batch: int) -> Finding:
-    return Finding(
+    return beside(
+        seconds,
+        each,
+        f"network {batch}",
+        f"plain {batch}",
         what=f"the network, batch {batch}",
-        ours=each[f"network {batch}"],
         unit="ms a photo",
         against="not folded, memory not kept",
-        theirs=each[f"plain {batch}"],
-        ratio=ratio(seconds, f"network {batch}", f"plain {batch}"),
         in_readme=batch == 1,
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from reports import Cell, Finding, Report, Table
-from timing import in_turns, photos, ratio
+from reports import Cell, Report, Table
+from timing import beside, in_turns, photos, ratio
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -53,13 +53,13 @@ def measure(quick: bool) -> Report:
             ]
             rows.append((size, *each.values(), ratio(seconds, DECODED, PLAIN), statistics.mean(apart)))
             findings.append(
-                Finding(
+                beside(
+                    seconds,
+                    each,
+                    DECODED,
+                    PLAIN,
                     what=f"reading a photo, {size} px",
-                    ours=each[DECODED],
                     unit="ms a photo",
-                    against=PLAIN,
-                    theirs=each[PLAIN],
-                    ratio=ratio(seconds, DECODED, PLAIN),
                     in_readme=size == TOLD,
                 )
             )

@@ -4,9 +4,9 @@ import statistics
 
 import torch
 from released_way import boxes_by_loops
-from reports import Cell, Finding, Report, Table
+from reports import Cell, Report, Table
 from steps import CLASSES, REGIONS, built
-from timing import in_turns, ratio
+from timing import beside, in_turns, ratio
 from torch import Tensor
 
 from mcar_lib.inference import keep_freed_memory
@@ -50,21 +50,21 @@ def measure(quick: bool) -> Report:
     each = {name: 1000 * statistics.median(found) for name, found in seconds.items()}
     rows: list[tuple[Cell, ...]] = [(name, each[name], ratio(seconds, name, MODULE)) for name in arms]
     findings = (
-        Finding(
+        beside(
+            seconds,
+            each,
+            MODULE,
+            EVERY,
             what=f"maps to boxes, {size} px, batch {batch}",
-            ours=each[MODULE],
             unit="ms",
-            against=EVERY,
-            theirs=each[EVERY],
-            ratio=ratio(seconds, MODULE, EVERY),
         ),
-        Finding(
+        beside(
+            seconds,
+            each,
+            WHOLE,
+            forward,
             what=f"whole region step, {size} px, batch {batch}",
-            ours=each[WHOLE],
             unit="ms",
-            against=forward,
-            theirs=each[forward],
-            ratio=ratio(seconds, WHOLE, forward),
         ),
     )
     return Report(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from reports import Finding
 
 if TYPE_CHECKING:
     from mcar_lib.data import ImageSet
@@ -54,6 +55,13 @@ def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
 def ratio(seconds: Seconds, ours: str, theirs: str) -> float:
     """The median over rounds of our time to theirs in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
+
+
+def beside(seconds: Seconds, each: Mapping[str, float], ours: str, theirs: str, **told: Any) -> Finding:
+    """One arm beside another: the figures of both from `each`, the ratio from their rounds. told: what, unit, and the
+    other fields of Finding; against is the other arm's name where it is not told."""
+    told.setdefault("against", theirs)
+    return Finding(ours=each[ours], theirs=each[theirs], ratio=ratio(seconds, ours, theirs), **told)
 
 
 def each_in_a_process(job: Callable[..., T], arguments: Iterable[Sequence[Any]]) -> list[T]:

@@ -4,7 +4,7 @@ import statistics
 
 from reports import Cell, Finding, Report, Table
 from steps import ALONE, OURS, REGIONS, RELEASED, built, random_images, released_training, training
-from timing import in_turns, ratio
+from timing import beside, in_turns, ratio
 
 from mcar_lib.inference import keep_freed_memory
 
@@ -30,13 +30,14 @@ def measure(quick: bool) -> Report:
         rows.append((size, batch, each[OURS], each[ALONE], ratios[ALONE], each[RELEASED], 1 / ratios[RELEASED]))
         if (batch, size) == TOLD or quick:
             findings += [
-                Finding(
+                beside(
+                    seconds,
+                    each,
+                    OURS,
+                    name,
                     what=f"training step, {size} px, batch {batch}",
-                    ours=each[OURS],
                     unit="s",
                     against=against,
-                    theirs=each[name],
-                    ratio=ratios[name],
                     in_readme=True,
                 )
                 for name, against in ((ALONE, f"{REGIONS + 1} times the backbone"), (RELEASED, RELEASED))

@@ -250,7 +250,7 @@ def load_released(
             about_file = "" if str(path) in str(error) else f"{path}: "
             raise WeightsError(f"{about_file}{error}") from error
     model.mean, model.std = header.mean, header.std
-    return ReleasedModel(_made_quick(model), classes, config.image_size, about, header.decision_threshold)
+    return ReleasedModel(made_quick(model), classes, config.image_size, about, header.decision_threshold)
 
 
 def _load_graph(path: Path) -> ReleasedModel:
@@ -318,12 +318,12 @@ def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> Rele
         raise WeightsError(
             f"{weights}: the weights of this run are not on this machine; train it again, or --artifacts"
         )
-    model = _made_quick(load_model(record.config, len(record.classes), weights))
+    model = made_quick(load_model(record.config, len(record.classes), weights))
     threshold = record.content.get("decision_threshold", 0.5)
     return ReleasedModel(model, tuple(record.classes), record.config.image_size, record.content, threshold)
 
 
-def _made_quick(model: MCAR) -> MCAR:
+def made_quick(model: MCAR) -> MCAR:
     """In evaluation mode, where memory that was freed stays, and with batch normalisation folded away for the crops.
     The global stream keeps its own: the last bit of its maps would place some boxes elsewhere."""
     keep_freed_memory()
