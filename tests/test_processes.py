@@ -1,6 +1,5 @@
 """Several processes that train one run: what they agree on, the numbers they end with, the command under torchrun."""
 
-import contextlib
 import json
 import os
 import queue
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 import torch.distributed
@@ -416,40 +416,37 @@ def test_a_batch_that_two_processes_cannot_share_ends_the_job_before_it_begins(t
     assert [path.name for path in tmp_path.iterdir()] == ["smoke.toml"]
 
 
-def is_running(process: int) -> bool:
-    """Not ended, nor waiting as a zombie for somebody to look (Linux)."""
+def still_running(processes: list[psutil.Process], within: float = 10.0) -> list[psutil.Process]:
+    """Those that do not end within seconds; a zombie has. A process lets go of its pipes a moment before it ends."""
+    ends = time.monotonic() + within
+    while (left := [each for each in processes if is_running(each)]) and time.monotonic() < ends:
+        time.sleep(0.05)
+    return left
+
+
+def is_running(process: psutil.Process) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[0] != "Z"
-    except OSError:
+        return bool(process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    except psutil.NoSuchProcess:
         return False
 
 
-def processes_of(starter: int) -> list[int]:
-    """The processes that a process has started and that run (Linux)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = path.read_text().rpartition(") ")[2].split()[:2]
-            found += [int(path.parent.name)] if int(parent) == starter and state != "Z" else []
-    return sorted(found)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("killed", ["torchrun", "one"])
 def test_what_is_left_of_a_run_ends_soon_with_one_sentence(killed: str, tmp_path: Path) -> None:
     job = make_job(tmp_path)
     process = job.start("--set", "epochs=500")
     assert process.stdout is not None
     assert any(line.startswith("epoch 1/") for line in process.stdout)
-    left = processes_of(process.pid)
-    assert len(left) == 2
-    os.kill(process.pid if killed == "torchrun" else left[1], signal.SIGKILL)
+    torchrun = psutil.Process(process.pid)
+    workers = torchrun.children()
+    assert len(workers) == 2
+    (torchrun if killed == "torchrun" else workers[1]).kill()
     done = ended(process)  # at the end of the last process that holds the pipes
     assert done.err.count("the same command goes on from here") == 1
     ours = [line for line in done.err.splitlines() if "mcar_lib/" in line and line.strip().startswith("File")]
     assert ours == []
-    assert not any(is_running(each) for each in left)
+    assert still_running(workers) == []
 
 
 @pytest.mark.slow
