@@ -54,7 +54,7 @@ def measure(quick: bool) -> Report:
     )
     columns = (
         *("batch", "predict, ms a photo", "of it the network, ms a photo"),
-        *("the same, batch norm not folded", "nor freed memory kept"),
+        *("the same, nothing folded or packed", "nor freed memory kept"),
     )
     return Report(
         title="Prediction",
@@ -75,7 +75,7 @@ def _forward(model: ReleasedModel, inputs: Tensor, batch: int) -> Callable[[], o
 
 
 def _as_trained(job: Callable[[], object], model: ReleasedModel) -> Callable[[], object]:
-    """The same with the batch normalisation that the model was trained with."""
+    """The same with the pass over the crops as the model was trained with."""
 
     def asked() -> None:
         quick, model.model.local_features = model.model.local_features, None
@@ -104,6 +104,6 @@ def _saved(seconds: Seconds, each: Mapping[str, float], batch: int) -> Finding:
         f"plain {batch}",
         what=f"the network, batch {batch}",
         unit="ms a photo",
-        against="not folded, memory not kept",
+        against="nothing folded, packed or kept",
         in_readme=batch == 1,
     )

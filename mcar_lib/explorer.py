@@ -172,7 +172,7 @@ class Exploration:
         fresh = [key for key in dict.fromkeys(keys) if key not in self._crop_logits]
         if fresh:
             boxes = torch.tensor([box for _, box in fresh], device=given.images.device)
-            features = model.features(crop_regions(given.images, boxes[None]))
+            features = model.features_of_crops(crop_regions(given.images, boxes[None]))
             self.crop_passes += len(fresh)
             pooled = {each: _pooled(model, each, features) for each in POOLINGS}
             for place, key in enumerate(fresh):

@@ -144,7 +144,8 @@ class MCAR(nn.Module):
         self.mean, self.std = mean, std
         self.recompute = False  # of training: see pass_over_crops
         self.look = EVERYTHING  # of evaluation: see Look
-        self.local_features: nn.Module | None = None  # of evaluation: the same features computed quicker
+        # Of evaluation without gradients: the same features computed quicker, of the weights as they are.
+        self.local_features: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +159,8 @@ class MCAR(nn.Module):
         global stream there, so that its activations are freed first; the Output's global logits then have no graph.
         """
         check_image_size(images.shape[-2:])
+        if self.training or torch.is_grad_enabled():
+            self.local_features = None  # the weights may be about to change
         with _in_float32(images):
             global_logits, regions = self.pass_over_images(images)
             if regions is not None and between is not None:
@@ -168,6 +171,17 @@ class MCAR(nn.Module):
         looks_at_all = self.training or self.look == EVERYTHING
         local_logits = self.pass_over_crops(images, regions.boxes) if looks_at_all else self.look_at(images, regions)
         return Output(global_logits, local_logits, regions)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        self.local_features = None
+        return super().load_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "MCAR":  # of .to, .cuda, .half and their like
+        before = self.convclass.weight.data_ptr()
+        super()._apply(*arguments, **options)
+        if self.convclass.weight.data_ptr() != before:
+            self.local_features = None
+        return self
 
     def pass_over_images(self, images: Tensor) -> tuple[Tensor, Regions | None]:
         """The global stream: images (B, 3, H, W) -> logits of g (B, K), and regions if there is a local stream."""
@@ -183,8 +197,7 @@ class MCAR(nn.Module):
         With `recompute` the backward pass computes each block's activations again instead of keeping them: the same
         numbers for less memory and more time.
         """
-        crops = crop_regions(images, boxes)  # (B*N, 3, H, W)
-        region_logits = self.classify(self.pool(self._features_of_crops()(crops)))  # (B*N, K)
+        region_logits = self._logits_of_crops(crop_regions(images, boxes))  # (B*N, K)
         return region_logits.view(images.shape[0], self.num_regions, -1).amax(dim=1)
 
     def look_at(self, images: Tensor, regions: Regions) -> Tensor:
@@ -211,12 +224,17 @@ class MCAR(nn.Module):
             crops = crop_regions(images[chosen.nonzero()[:, 0]], boxes[chosen][:, None], size)
         if not len(crops):
             return images.new_empty((0, self.convclass.out_channels), dtype=torch.float32)
-        return self.classify(self.pool(self._features_of_crops()(crops)))
+        return self._logits_of_crops(crops)
 
-    def _features_of_crops(self) -> Callable[[Tensor], Tensor]:
-        if self.training:
-            return _recomputed(self.features) if self.recompute else self.features
-        return self.features if self.local_features is None else self.local_features
+    def _logits_of_crops(self, crops: Tensor) -> Tensor:
+        """(M, 3, H, W) -> (M, K)."""
+        return self.classify(self.pool(self.features_of_crops(crops)))
+
+    def features_of_crops(self, crops: Tensor) -> Tensor:
+        """The local stream's features: (M, 3, H, W) -> (M, C, h, w)."""
+        if self.training and self.recompute:
+            return _recomputed(self.features)(crops)
+        return (self.local_features or self.features)(crops)
 
     def pool(self, feature_map: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 1, 1): average, maximum, or their mean (gwp)."""

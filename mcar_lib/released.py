@@ -35,7 +35,7 @@ from mcar_lib.exported import (
     write_graph,
 )
 from mcar_lib.files import project_root, reading, shipped, user_path, write_bytes
-from mcar_lib.inference import folded, keep_freed_memory
+from mcar_lib.inference import folded, keep_freed_memory, packed
 from mcar_lib.model import EVERYTHING, MCAR, Look, Output, Pooling, build_mcar
 from mcar_lib.prediction import Prediction, Predictions, prediction_of
 from mcar_lib.regions import BoxSource, Regions, Selection, attention_maps
@@ -281,7 +281,7 @@ def export_graph(
     about, side = _about_graph(released), released.image_size
     squares, samples = _squares(photos, side), _squares(itertools.islice(calibration, CALIBRATED_WITH), side)
     squares = drawn_squares(side) if squares is None else squares
-    model = copy.deepcopy(released.model)
+    model = copy.copy(released.model)
     model.local_features = None  # the same weights again; whoever runs a graph folds them for both streams
     return write_graph(model, about, path, squares, precision, samples)
 
@@ -324,13 +324,13 @@ def _load_run(run_id: str, results: Path | None, artifacts: Path | None) -> Rele
 
 
 def made_quick(model: MCAR) -> MCAR:
-    """In evaluation mode, where memory that was freed stays, and with batch normalisation folded away for the crops.
-    The global stream keeps its own: the last bit of its maps would place some boxes elsewhere."""
+    """In evaluation mode, where memory that was freed stays, and with the pass over the crops folded and packed (see
+    mcar_lib.inference). The global stream stays as it is: the last bit of its maps would place some boxes elsewhere."""
     keep_freed_memory()
-    model.eval()
+    model.eval().to(memory_format=torch.channels_last)
     if model.local_stream:
-        model.local_features = folded(model.features)
-    return model.to(memory_format=torch.channels_last)
+        model.local_features = packed(folded(model.features)).forward
+    return model
 
 
 def record_of(run_id: str, results: Path | None = None) -> "Record":
