@@ -36,7 +36,7 @@ class Prediction:
 
     name: the photo's path, or its place among those that were given. photo: its pixels, upright. scores: of every
     class, in [0, 1]. threshold: the score from which a class is predicted. regions: the boxes of all regions by their
-    class, in pixels of the whole photo.
+    class, in pixels of the whole photo; of those that were looked at.
     """
 
     name: str

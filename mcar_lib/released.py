@@ -164,10 +164,14 @@ class ReleasedModel:
 
     @torch.no_grad()
     def _by_photo(self, squares: Tensor) -> Iterator[tuple[Tensor, Regions | None]]:
-        """uint8 (B, 3, S, S) -> scores (K,) and regions, of a batch of one, of each photo."""
+        """uint8 (B, 3, S, S) -> of each photo scores (K,), and in a batch of one the regions that were looked at."""
         output: Output = self.model(network_input(self.model, squares))
+        look = self.model.look if isinstance(self.model, MCAR) else EVERYTHING
         for index, scores in enumerate(output.scores.cpu()):
-            found = output.regions and Regions(*(each[index : index + 1].cpu() for each in output.regions))
+            found = output.regions
+            if found is not None:
+                chosen = look.chosen(found.scores[index : index + 1])[0]
+                found = Regions(*(each[index, chosen][None].cpu() for each in found))
             yield scores, found
 
     @torch.no_grad()

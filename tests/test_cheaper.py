@@ -32,6 +32,7 @@ from mcar_lib.data.squares import ResizedImages
 from mcar_lib.errors import ConfigError, NotInProfileError
 from mcar_lib.model import EVERYTHING, MCAR, Look, Output
 from mcar_lib.regions import crop_regions
+from mcar_lib.released import load_released
 from mcar_lib.runs import RunConfig, Runs
 from mcar_lib.runs.comparisons import ONE_SEED
 from mcar_lib.runs.config import Cheaper, Tuning
@@ -277,6 +278,19 @@ def test_predict_takes_a_cheaper_look(tmp_path: Path, monkeypatch: pytest.Monkey
     refused = CliRunner().invoke(app, ["predict", photo, "--share", "0"])
     assert refused.exit_code != 0
     assert "share is 0" in refused.output
+
+
+def test_a_prediction_tells_the_boxes_that_were_looked_at() -> None:
+    from mcar_lib.data.samples import sample_photos
+
+    photo, released = next(iter(sample_photos().values())), load_released("voc-photos")
+    everything = released(photo).regions
+    released.look_so(Look(floor=0.99))
+    less = released(photo)
+    assert 0 < len(less.regions) < len(everything) == released.model.num_regions
+    assert less.regions == {name: box for name, box in everything.items() if less.scores[name] >= 0.99}
+    released.look_so(Look(share=0.01))
+    assert len(released(photo).regions) == 1
 
 
 def test_the_look_is_no_weight(model: MCAR) -> None:
