@@ -175,25 +175,33 @@ def _circumstances(record: Record) -> str:
     return "\n".join([*lines, *([f"**{QUICK}**"] if was.quick else [])])
 
 
+class Began(NamedTuple):
+    """What is known when a run of benchmarks begins; its own files change the checkout afterwards."""
+
+    load: float
+    commit: str
+    quick: bool
+
+
 class Conditions(NamedTuple):
     """What the program that starts a benchmark knows of it: see Circumstances."""
 
-    load: float
+    began: Began
     before: float
     seconds: float
-    quick: bool
 
 
 def circumstances(environment: Mapping[str, Any], conditions: Conditions, after: float) -> Circumstances:
     """environment: mcar_lib.runs.environment.describe_environment in the process that measured; after: what other
     programs had just after it."""
-    kept = ("processor", "device", "threads", "python", "commit", "finished")
+    kept = ("processor", "device", "threads", "python", "finished")
     return Circumstances(
         **{name: environment[name] for name in kept},
         versions={name: environment["versions"][name] for name in ("torch", "torchvision", "numpy", "pillow")},
         cores=environment["cores"] or os.cpu_count() or 1,
         seconds=round(conditions.seconds, 1),
-        load=round(conditions.load, 2),
+        load=round(conditions.began.load, 2),
         others=round(max(conditions.before, after), 3),
-        quick=conditions.quick,
+        commit=conditions.began.commit,
+        quick=conditions.began.quick,
     )

@@ -6,7 +6,7 @@ Writes NAME.json (all that was measured), NAME.md (the page) and some NAME.png i
 table from all that lies there. A benchmark that fails leaves its earlier files as they were, the others go on, and the
 exit code is 1. --quick tries that everything runs, in a minute or two, with numbers that mean nothing, and writes into
 results/local/benchmarks. DIR holds VOCdevkit/VOC2007 (by default $MCAR_DATA); without photos, what needs them is left
-out with a line. The whole takes about 25 minutes on two quiet cores.
+out with a line. The whole takes 15 to 25 minutes on two quiet cores.
 
 A benchmark is a file beside this one with measure(quick) -> Report, and a line in TOPICS. If its report has alt, it has
 draw(report) -> Figure too. It may raise Skipped.
@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from reports import Conditions, Record, Report, circumstances, page, summary
+from reports import Began, Conditions, Record, Report, circumstances, page, summary
 from timing import DATA_ROOT, Skipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def measured(topic: str, quick: bool, into: Path) -> None:
     (into / "report.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def benchmark(topic: str, command: Sequence[str], output: Path, load: float, quick: bool) -> str:
+def benchmark(topic: str, command: Sequence[str], output: Path, began: Began) -> str:
     """Measures one in a fresh process and writes its files. Returns MEASURED, SKIPPED or FAILED.
 
     command: what is started, with the folder that it writes into as one more argument.
@@ -73,7 +73,7 @@ def benchmark(topic: str, command: Sequence[str], output: Path, load: float, qui
         into, before, start = Path(folder), busy(), time.monotonic()
         try:
             subprocess.run([*command, str(into)], check=True, timeout=LONGEST, env=environment(), cwd=ROOT)
-            conditions = Conditions(load, before, time.monotonic() - start, quick)
+            conditions = Conditions(began, before, time.monotonic() - start)
             if (reason := into / "skipped").exists():
                 print(f"{topic}: left out, {reason.read_text(encoding='utf-8')}", flush=True)
                 return SKIPPED
@@ -118,14 +118,15 @@ def records(folder: Path) -> list[Record]:
 
 def run(topics: Sequence[str], output: Path, quick: bool, readme: Path | None) -> Mapping[str, str]:
     """Topic -> how it ended. readme: the page whose table is filled in."""
+    from mcar_lib.runs.environment import describe_environment
     from mcar_lib.tables import fill_blocks
 
-    load = os.getloadavg()[0]
+    began = Began(os.getloadavg()[0], describe_environment()["commit"], quick)
     ended = {}
     for topic in topics:
         print(f"{topic}: measured since {time.strftime('%H:%M:%S')}", flush=True)
         command = [sys.executable, __file__, "--measure", topic, *(["--quick"] if quick else []), "--into"]
-        ended[topic] = benchmark(topic, command, output, load, quick)
+        ended[topic] = benchmark(topic, command, output, began)
     if readme and (found := records(output)):
         fill_blocks(readme, {BLOCK: summary(found)})
     return ended

@@ -7,6 +7,7 @@ import released_way
 import torch
 from torch import Tensor
 
+from mcar_lib.inference import keep_freed_memory
 from mcar_lib.model import MCAR, build_mcar
 from mcar_lib.training import Recipe, build_optimizer, network_input, training_step
 
@@ -14,6 +15,20 @@ Step = Callable[[], object]
 BACKBONE, CLASSES, REGIONS = "mobilenet_v2", 80, 4
 LABELS_PER_IMAGE = 2.9  # of COCO
 OURS, ALONE, RELEASED = "MCAR", "backbone alone", "release's way"
+PLAIN, BF16 = "float32", "bf16"
+RECOMPUTED = f"{PLAIN}, recomputed"
+WAYS = {  # to train -> precision, whether activations of the crops are computed again
+    PLAIN: ("fp32", False),
+    RECOMPUTED: ("fp32", True),
+    BF16: ("bf16", False),
+    f"{BF16}, recomputed": ("bf16", True),
+}
+
+
+def ways() -> tuple[str, ...]:
+    """The WAYS that this processor takes seconds for: without instructions for bf16 a step of it takes minutes."""
+    is_quick = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return tuple(way for way, (precision, _) in WAYS.items() if is_quick or precision == "fp32")
 
 
 def built(num_regions: int = REGIONS, num_classes: int = CLASSES, local_stream: bool = True) -> MCAR:
@@ -49,6 +64,20 @@ def training(model: MCAR, images: Tensor, precision: str = "fp32") -> Step:
         optimizer.step()
 
     return step
+
+
+def training_so(way: str, images: Tensor) -> Step:
+    """As training, one of the WAYS, with memory kept or handed back as `mcar train` does it."""
+    precision, recompute = WAYS[way]
+    model = built()
+    model.recompute = recompute
+    step = training(model, images, precision)
+
+    def all_of_it() -> None:
+        keep_freed_memory(not recompute)
+        step()
+
+    return all_of_it
 
 
 def inference(model: MCAR, images: Tensor, precision: str = "fp32") -> Step:

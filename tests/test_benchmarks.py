@@ -18,10 +18,11 @@ sys.path.append(str(ROOT / "benchmarks"))
 import released_way  # noqa: E402
 import run  # noqa: E402
 import timing  # noqa: E402
-from reports import Circumstances, Finding, Record, Report, Table, page, summary, told  # noqa: E402
+from reports import Began, Circumstances, Finding, Record, Report, Table, page, summary, told  # noqa: E402
 from test_regions import Golden, golden, model  # noqa: E402, F401 (fixtures)
 
 COMMITTED = ROOT / "results" / "benchmarks"
+BEGAN = Began(0.1, "abc", quick=False)
 
 
 def record(topic: str = "metrics", alt: str = "", quick: bool = False, **finding: object) -> Record:
@@ -152,7 +153,7 @@ def test_a_benchmark_that_fails_leaves_the_earlier_files(
     for kind in ("json", "md", "png"):
         (output / f"metrics.{kind}").write_text("earlier")
     command = child(tmp_path, code.replace("REPORT", repr(json.dumps(content))))
-    assert run.benchmark("metrics", command, output, 0.1, False) == run.FAILED
+    assert run.benchmark("metrics", command, output, BEGAN) == run.FAILED
     assert {path.name: path.read_text() for path in output.iterdir()} == {
         f"metrics.{kind}": "earlier" for kind in ("json", "md", "png")
     }
@@ -169,7 +170,7 @@ def environment() -> dict[str, object]:
 def test_what_was_measured_is_written_with_its_page(tmp_path: Path) -> None:
     content = {"report": record().report.model_dump(mode="json"), "environment": environment()}
     command = child(tmp_path, f"(into / 'report.json').write_text({json.dumps(content)!r})")
-    assert run.benchmark("metrics", command, tmp_path / "output", 0.1, True) == run.MEASURED
+    assert run.benchmark("metrics", command, tmp_path / "output", BEGAN._replace(quick=True)) == run.MEASURED
     found = Record.read(tmp_path / "output" / "metrics.json")
     assert (found.report, found.circumstances.load, found.circumstances.quick) == (record().report, 0.1, True)
     assert (tmp_path / "output" / "metrics.md").read_text() == page(found)
@@ -180,7 +181,7 @@ def test_what_cannot_be_measured_here_is_left_out_with_its_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = child(tmp_path, "(into / 'skipped').write_text('there are no photos')")
-    assert run.benchmark("reading", command, tmp_path / "output", 0.1, False) == run.SKIPPED
+    assert run.benchmark("reading", command, tmp_path / "output", BEGAN) == run.SKIPPED
     assert not (tmp_path / "output").exists()
     assert "reading: left out, there are no photos" in capsys.readouterr().out
 
