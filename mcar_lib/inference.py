@@ -142,6 +142,9 @@ class _Packed(nn.Module):
         self.activation = (name, [0.0, 6.0] if limited else [], "")
         self.last: tuple[torch.Size, Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}  # a sorted tensor can be neither copied nor pickled
+
     def forward(self, x: Tensor) -> Tensor:
         last = self.last  # taken once: threads may share the network
         if last is None or last[0] != x.shape:

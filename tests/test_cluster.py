@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_processes import processes_of
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from mcar_lib.runs.plan import NamedRun, named_runs
 from mcar_lib.status import all_runs
 
 submitit = pytest.importorskip("submitit")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGUSR2")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = """
@@ -141,7 +142,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     return start
 
 
-def job_process(jobs: dict[str, str]) -> int:
+def job_process(jobs: dict[str, str]) -> psutil.Process:
     """The process of a job that submitit's controller has started."""
     (task,) = processes_of(int(jobs["both"]))
     return task
@@ -164,7 +165,7 @@ def test_a_preempted_job_stops_its_run_and_goes_on_as_often_as_it_takes(
     runs, jobs = start(str(tmp_path / "stub.py"), str(tmp_path), "4")
     for count in range(4):
         until((tmp_path / f"started-{count}").exists)
-        os.kill(job_process(jobs), signal.SIGUSR2)
+        job_process(jobs).send_signal(signal.SIGUSR2)
         until((tmp_path / f"stopped-{count}").exists)
     assert why(runs, jobs).startswith("its job ended without a record")  # the stub's end is good
     assert (tmp_path / "started-4").exists()
@@ -174,8 +175,8 @@ def test_a_preempted_job_stops_its_run_and_goes_on_as_often_as_it_takes(
 def test_a_run_that_is_told_to_stop_by_another_is_queued_again(tmp_path: Path, start: Callable[..., Any]) -> None:
     runs, jobs = start()
     until((tmp_path / "started-0").exists)
-    (child,) = processes_of(job_process(jobs))
-    os.kill(child, signal.SIGTERM)
+    (child,) = processes_of(job_process(jobs).pid)
+    child.send_signal(signal.SIGTERM)
     until((tmp_path / "started-1").exists)
     until(result(runs, jobs).exists)
 
@@ -185,10 +186,10 @@ def test_a_job_passes_on_one_request_to_stop_however_many_it_gets(tmp_path: Path
     (tmp_path / "slow.py").write_text(STUB.replace("    sys.exit(75)", "    time.sleep(3)\n    sys.exit(75)"))
     runs, jobs = start(str(tmp_path / "slow.py"), str(tmp_path), "1")
     until((tmp_path / "started-0").exists)
-    os.kill(job_process(jobs), signal.SIGTERM)
+    job_process(jobs).send_signal(signal.SIGTERM)
     until((tmp_path / "stopped-0").exists)
     first = (tmp_path / "stopped-0").stat().st_mtime_ns
-    os.kill(job_process(jobs), signal.SIGUSR2)
+    job_process(jobs).send_signal(signal.SIGUSR2)
     until(result(runs, jobs).exists)
     assert (tmp_path / "started-1").exists()
     assert (tmp_path / "stopped-0").stat().st_mtime_ns == first
@@ -200,9 +201,9 @@ def test_the_signal_of_a_preemption_does_not_end_training_when_all_processes_get
     runs, jobs = start()
     until((tmp_path / "started-0").exists)
     task = job_process(jobs)
-    (child,) = processes_of(task)
-    os.kill(child, signal.SIGUSR2)
-    os.kill(task, signal.SIGUSR2)
+    (child,) = processes_of(task.pid)
+    child.send_signal(signal.SIGUSR2)
+    task.send_signal(signal.SIGUSR2)
     until((tmp_path / "stopped-0").exists)
     until(result(runs, jobs).exists)
 
@@ -219,7 +220,7 @@ def test_a_run_whose_job_is_alive_is_not_handed_over_again(
     until((tmp_path / "started-0").exists)
     assert start()[1] == jobs
     assert capsys.readouterr().out.endswith(f"both: job {jobs['both']}, which still waits or runs\n")
-    os.kill(job_process(jobs), signal.SIGUSR2)
+    job_process(jobs).send_signal(signal.SIGUSR2)
     until(result(runs, jobs).exists)
     assert start()[1] != jobs
 

@@ -1,5 +1,7 @@
 """A loaded model is quick to import and to ask, and says what the model that was trained says."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -183,6 +185,18 @@ def test_a_loaded_model_that_is_given_other_weights_says_what_they_say() -> None
 def test_a_loaded_model_has_the_weights_that_a_model_has() -> None:
     config = load_released("voc-photos").about["config"]
     assert loaded().state_dict().keys() == build_mcar(config["backbone"], 20, "none").state_dict().keys()
+
+
+@pytest.mark.parametrize("way", ["copied", "pickled"])
+@torch.no_grad()
+def test_a_loaded_model_that_was_asked_can_be_copied_and_pickled(way: str) -> None:
+    released = load_released("voc-photos")
+    wanted = released.model(IMAGES).scores
+    again = copy.deepcopy(released) if way == "copied" else pickle.loads(pickle.dumps(released))
+    assert again.model.local_features is not None
+    again.model.features[0][0].weight.zero_()
+    assert torch.equal(released.model(IMAGES).scores, wanted)
+    assert not torch.equal(again.model(IMAGES).scores, wanted)
 
 
 @torch.no_grad()

@@ -416,6 +416,11 @@ def test_a_batch_that_two_processes_cannot_share_ends_the_job_before_it_begins(t
     assert [path.name for path in tmp_path.iterdir()] == ["smoke.toml"]
 
 
+def processes_of(starter: int) -> list[psutil.Process]:
+    """The processes that a process has started and that run."""
+    return list(filter(is_running, psutil.Process(starter).children()))
+
+
 def still_running(processes: list[psutil.Process], within: float = 10.0) -> list[psutil.Process]:
     """Those that do not end within seconds; a zombie has. A process lets go of its pipes a moment before it ends."""
     ends = time.monotonic() + within
@@ -438,10 +443,9 @@ def test_what_is_left_of_a_run_ends_soon_with_one_sentence(killed: str, tmp_path
     process = job.start("--set", "epochs=500")
     assert process.stdout is not None
     assert any(line.startswith("epoch 1/") for line in process.stdout)
-    torchrun = psutil.Process(process.pid)
-    workers = torchrun.children()
+    workers = processes_of(process.pid)
     assert len(workers) == 2
-    (torchrun if killed == "torchrun" else workers[1]).kill()
+    (process if killed == "torchrun" else workers[1]).kill()
     done = ended(process)  # at the end of the last process that holds the pipes
     assert done.err.count("the same command goes on from here") == 1
     ours = [line for line in done.err.splitlines() if "mcar_lib/" in line and line.strip().startswith("File")]
