@@ -62,7 +62,7 @@ def _changed(network: nn.Module, change: Callable[[nn.Module, Tensor], None]) ->
         before = copied(probe)
         change(copied, probe)
         after = copied(probe)
-    except (RuntimeError, AssertionError, AttributeError):  # it wants images of another size, torch lacks an operation
+    except (RuntimeError, AssertionError, AttributeError, TypeError):  # other sizes are wanted, torch has other operations
         return network
     is_same = (after - before).abs().max() <= TOLERANCE * before.abs().max()
     return copied if is_same else network
