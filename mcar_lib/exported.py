@@ -37,7 +37,7 @@ METADATA = "mcar"  # key of the text that says what the model is
 OPSET = 20  # the first whose GridSample and Resize are as they are today
 INPUT, OUTPUTS = "images", ("scores", "boxes", "classes", "region_scores")
 CHECKED_TOGETHER = 8
-CHANGED_TIMES = 8  # an image, to see which boxes its last bit decides; 5 were enough for 14 boxes of 3 backbones
+CHANGED_TIMES = 8  # an image, to see which boxes its last bit decides; 5 were enough for 7 boxes of 2 backbones
 CALIBRATED_WITH = 48  # photos at most, one at a time
 # Instructions by which eight-bit products are faster than float ones: of x86 and ARM.
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm"})

@@ -62,9 +62,8 @@ def _changed(network: nn.Module, change: Callable[[nn.Module, Tensor], None]) ->
         before = copied(probe)
         change(copied, probe)
         after = copied(probe)
-    except (RuntimeError, AssertionError):  # it wants images of another size
-        return network
-    except (AttributeError, TypeError):  # torch has other operations
+    # It wants images of another size, or torch has other operations.
+    except (RuntimeError, AssertionError, AttributeError, TypeError):
         return network
     is_same = (after - before).abs().max() <= TOLERANCE * before.abs().max()
     return copied if is_same else network
@@ -76,17 +75,17 @@ def _followers(network: nn.Module, probe: Tensor, kinds: type | tuple[type, ...]
     pairs: list[tuple[nn.Conv2d, nn.Module]] = []
     worked: collections.Counter[nn.Module] = collections.Counter()
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        worked[module] += 1
-        pairs.extend((conv, module) for conv, output in made if output is inputs[0] and isinstance(module, kinds))
-
     def note(convolution: nn.Conv2d, _: object, output: Tensor) -> None:
+        worked[convolution] += 1
         made.append((convolution, output))  # held, so that no other tensor takes its place
 
-    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
-    others = [each for each in network.modules() if isinstance(each, kinds)]
-    hooks = [each.register_forward_pre_hook(look) for each in (*convolutions, *others)]
-    hooks += [each.register_forward_hook(note) for each in convolutions]
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        worked[module] += 1
+        pairs.extend((convolution, module) for convolution, output in made if output is inputs[0])
+
+    modules = list(network.modules())
+    hooks = [each.register_forward_hook(note) for each in modules if isinstance(each, nn.Conv2d)]
+    hooks += [each.register_forward_pre_hook(look) for each in modules if isinstance(each, kinds)]
     try:
         network(probe)
     finally:
